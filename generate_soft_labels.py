@@ -1,0 +1,33 @@
+"""Step 2: out-of-fold predictions and a first submission.
+
+  python generate_soft_labels.py
+
+Reads   LOG_DIR (what step 1 left: the best checkpoint of each fold, folds.csv, hparams.yaml) and DATA_DIR.
+Writes  soft_labels.csv: each training photo, by the network that has not seen it, without augmentation;
+        submission.csv: each test photo, the mean of five networks x eight augmented views (TTA).
+Expect  the out-of-fold AUC; 0.97988 public and 0.98108 private at Kaggle for submission.csv (published).
+"""
+
+import numpy as np
+
+from dataset import read_train_csv, write_submission
+from models import predict_out_of_fold, predict_test
+from utils import CLASSES, build_parser, column_aucs, parse_args, prepare_prediction, read_folds, say, write_csv
+
+
+def main(args):
+    checkpoints, device, precision = prepare_prediction(args)
+    train = read_train_csv(args.data_dir)
+    folds = read_folds(args.log_dir, train["image_id"])
+
+    soft_labels = predict_out_of_fold(args, train, folds, checkpoints, device, precision)
+    write_csv("soft_labels.csv", soft_labels)
+    aucs = dict(zip(CLASSES, column_aucs(train[list(CLASSES)], soft_labels[list(CLASSES)]), strict=True))
+    each = ", ".join(f"{name} {auc:.4f}" for name, auc in aucs.items())
+    say(f"wrote soft_labels.csv: out-of-fold AUC {np.nanmean(list(aucs.values())):.5f} ({each})")
+
+    write_submission("submission.csv", predict_test(args, checkpoints, device, precision), args.data_dir)
+
+
+if __name__ == "__main__":
+    main(parse_args(build_parser(__doc__)))

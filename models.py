@@ -1,0 +1,310 @@
+"""What learns: the network, its ImageNet weights, the Lightning module, and the one function that predicts."""
+
+import re
+import socket
+from pathlib import Path
+from urllib.parse import urlparse
+
+import numpy as np
+import pandas as pd
+import pretrainedmodels
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pretrainedmodels.models.senet import SENet
+from torch import distributed, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from tqdm import tqdm
+
+from dataset import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    LeafDataset,
+    cache_images,
+    make_loader,
+    read_test_csv,
+    train_augmentation,
+)
+from utils import CLASSES, TTA_DRAWS, InputError, mean_auc, say, sha256
+
+# The file's old home is in pretrainedmodels' settings; its certificate lapsed in 2022 and the host is often down.
+MIRRORS = {
+    "se_resnext50_32x4d": (
+        "https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-weights/legacy_se_resnext50_32x4d-f3651bad.pth",
+    )
+}
+DOWNLOAD_TIMEOUT = 30  # seconds without an answer until the next source is tried
+
+# ---------------------------------------------------------------------------------------------- the network
+
+
+class LeafNet(nn.Module):
+    """Backbone → global average pool → batch norm with a frozen bias → L2 normalisation → linear to four logits.
+
+    Input: float (n, 3, height, width), normalised; output: float32 logits (n, 4). The head runs in float32 under
+    autocast too: in bf16 many probabilities of a column coincide, and ties blur an AUC. Raises InputError for a
+    backbone that pretrainedmodels does not have or whose features the head does not fit.
+    """
+
+    def __init__(self, backbone="se_resnext50_32x4d"):
+        super().__init__()
+        if backbone not in pretrainedmodels.model_names:
+            raise InputError(
+                f"--backbone {backbone}: pretrainedmodels has {', '.join(sorted(pretrainedmodels.model_names))}"
+            )
+        self.backbone = pretrainedmodels.__dict__[backbone](num_classes=1000, pretrained=None)
+        n_features = getattr(getattr(self.backbone, "last_linear", None), "in_features", None)
+        for unused in ("last_linear", "avg_pool", "avgpool", "dropout"):
+            if isinstance(getattr(self.backbone, unused, None), nn.Module):
+                delattr(self.backbone, unused)
+        with torch.no_grad():
+            shape = self.backbone.eval().features(torch.zeros(1, 3, 331, 331)).shape if n_features else None
+        self.train()
+        if shape is None or len(shape) != 4 or shape[1] != n_features:
+            raise InputError(
+                f"--backbone {backbone}: its features do not fit this head, which pools one map per channel"
+            )
+        self.bn = nn.BatchNorm1d(n_features)
+        self.bn.bias.requires_grad_(False)
+        self.fc = nn.Linear(n_features, len(CLASSES))
+
+    def forward(self, images):
+        maps = self.backbone.features(images)
+        with torch.autocast(images.device.type, enabled=False):
+            pooled = self.bn(maps.float().mean((2, 3)))
+            return self.fc(F.normalize(pooled, dim=1))
+
+
+def normalise(images):
+    """ImageNet normalisation on the images' own device: uint8 (n, h, w, 3) → float32 (n, 3, h, w), channels last."""
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device).mul_(255)
+    std = torch.tensor(IMAGENET_STD, device=images.device).mul_(255)
+    return ((images.float() - mean) / std).permute(0, 3, 1, 2)
+
+
+# ---------------------------------------------------------------------------------------------- ImageNet weights
+
+
+def weight_sources(backbone):
+    """URLs of a backbone's ImageNet weights, in the order in which they are tried."""
+    settings = pretrainedmodels.pretrained_settings.get(backbone, {})
+    if "imagenet" not in settings:
+        raise InputError(
+            f"--backbone {backbone} has no ImageNet weights; give a file with --weights FILE, or type --weights none"
+        )
+    return [settings["imagenet"]["url"], *MIRRORS.get(backbone, ())]
+
+
+def check_hash(path):
+    """Raise InputError if the file's name carries the start of its SHA-256 (name-0123abcd.pth) and that is another."""
+    claimed = re.search(r"-([0-9a-f]{8,})\.pth$", Path(path).name)
+    if claimed and not sha256(path).startswith(claimed.group(1)):
+        raise InputError(
+            f"{path} is damaged: its SHA-256 does not begin with {claimed.group(1)}; delete it and try again"
+        )
+
+
+def find_weights(weights, backbone):
+    """The file that a training starts from: a Path, or None for `weights` "none" (from scratch, only when asked).
+
+    In this order: a file given by hand; torch hub's cache; the sources of `weight_sources`, downloaded into that cache
+    and checked against the hash in their name. Raises InputError if there is none.
+    """
+    if weights == "none":
+        return None
+    if weights != "imagenet":
+        if not Path(weights).is_file():
+            raise InputError(f"--weights {weights}: no such file (or type imagenet, or none to train from scratch)")
+        check_hash(weights)
+        return Path(weights)
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    urls = weight_sources(backbone)
+    paths = [folder / Path(urlparse(url).path).name for url in urls]
+    for path in paths:
+        if path.is_file():
+            check_hash(path)
+            return path
+    folder.mkdir(parents=True, exist_ok=True)
+    failures = []
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        for url, path in zip(urls, paths, strict=True):
+            say(f"download {url}")
+            try:
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1], progress=True)
+                return path
+            except (OSError, RuntimeError) as error:  # unreachable, or RuntimeError: not the promised hash
+                failures.append(f"{url}: {error}")
+                say(f"  failed: {error}")
+    finally:
+        socket.setdefaulttimeout(timeout)
+    raise InputError(
+        f"no ImageNet weights for {backbone} ({'; '.join(failures)}). Put one of {', '.join(p.name for p in paths)} into {folder}, "
+        "or name it with --weights FILE; --weights none trains from scratch, far less accurately"
+    )
+
+
+def load_backbone_weights(network, path):
+    """Load a state dict of the backbone as pretrainedmodels names it; its classifier, if any, is left out.
+
+    Raises InputError if the file cannot be read safely or does not hold this backbone.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{path} cannot be loaded as weights: {str(error).splitlines()[0]}") from error
+    state = {name: value for name, value in state.items() if not name.startswith("last_linear.")}
+    try:
+        network.backbone.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{path} does not hold this backbone: {' '.join(str(error).split())[:300]}") from error
+
+
+# ---------------------------------------------------------------------------------------------- learning
+
+
+def make_schedule(optimizer, name):
+    """The learning rate, stepped once an epoch: restarts every 10 epochs (SGDR, arXiv 1608.03983) or triangles (1506.01186)."""
+    if name == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=10, eta_min=1e-5)
+    return torch.optim.lr_scheduler.CyclicLR(
+        optimizer, base_lr=1e-5, max_lr=1e-3, step_size_up=5, step_size_down=5, cycle_momentum=False
+    )
+
+
+class LeafModule(pl.LightningModule):
+    """One fold's training. Batches hold uint8 images (n, h, w, 3), labels (n, 4) that sum to 1, rows (n,)."""
+
+    def __init__(self, network, lr_schedule="cosine"):
+        super().__init__()
+        self.network = network.to(memory_format=torch.channels_last)
+        self.lr_schedule = lr_schedule
+        self.validated = []
+
+    def configure_optimizers(self):
+        # Fused is faster on the CPU; on GPUs it would bar gradient clipping under fp16's loss scaling.
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=self.device.type == "cpu")
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": make_schedule(optimizer, self.lr_schedule), "interval": "epoch"},
+        }
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+    def training_step(self, batch, batch_idx):
+        loss = F.cross_entropy(self.network(normalise(batch["image"])), batch["label"])
+        self.log("loss", loss, prog_bar=True)
+        self.log("lr", self.optimizers().param_groups[0]["lr"], prog_bar=True)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["label"]))
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        logits = self.network(normalise(batch["image"]))
+        losses = F.cross_entropy(logits, batch["label"], reduction="none")
+        self.validated.append((batch["row"].cpu(), logits.softmax(1).cpu(), losses.cpu(), batch["label"].cpu()))
+
+    def on_validation_epoch_end(self):
+        gathered = [self.validated]
+        if self.trainer.world_size > 1:
+            gathered = [None] * self.trainer.world_size
+            distributed.all_gather_object(gathered, self.validated)
+        parts = [batch for of_rank in gathered for batch in of_rank]
+        rows, probabilities, losses, labels = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+        order = rows.argsort()  # or the sums would depend on the number of devices
+        probabilities, losses, labels = probabilities[order], losses[order], labels[order]
+        self.validated = []
+        self.log("val_loss", float(losses.mean(dtype=np.float64)), prog_bar=True)
+        self.log("val_roc_auc", mean_auc(labels, probabilities), prog_bar=True)
+
+
+# ---------------------------------------------------------------------------------------------- prediction
+
+
+def load_network(path, backbone):
+    """The network of a checkpoint, for prediction: in evaluation mode, batch norm folded into the convolutions.
+
+    Raises InputError if the file cannot be read safely (weights_only) or holds another network.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception as error:
+        raise InputError(f"{path} cannot be loaded as a checkpoint: {str(error).splitlines()[0]}") from error
+    network = LeafNet(backbone)
+    try:
+        network.load_state_dict({name.removeprefix("network."): value for name, value in state.items()})
+    except RuntimeError as error:
+        raise InputError(f"{path} holds no {backbone} with our head: {' '.join(str(error).split())[:300]}") from error
+    network.eval()
+    if isinstance(network.backbone, SENet):
+        fold_batch_norm(network.backbone)
+    return network.to(memory_format=torch.channels_last)
+
+
+def fold_batch_norm(module):
+    """Fold batch norm into the convolution before it, in place, in a network of the SENet family in evaluation mode.
+
+    There every batch norm directly follows a convolution: bn1 after conv1, or the next module of a Sequential.
+    """
+    children = list(module.named_children())
+    for (name, child), (next_name, following) in zip(children, children[1:], strict=False):
+        if isinstance(child, nn.Conv2d) and isinstance(following, nn.BatchNorm2d):
+            setattr(module, name, fuse_conv_bn_eval(child, following))
+            setattr(module, next_name, nn.Identity())
+    for _, child in children:
+        fold_batch_norm(child)
+
+
+def predict(network, loader, device, precision, title):
+    """Softmax of every image of a loader, in its order: float32 (n, 4), on the CPU. The one place that predicts."""
+    network = network.to(device)
+    dtype = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32}[precision]
+    parts = []
+    with torch.inference_mode(), torch.autocast(device, dtype, enabled=precision != "32"):
+        for batch in tqdm(loader, desc=title, unit="batch", mininterval=1):
+            logits = network(normalise(batch["image"].to(device, non_blocking=True)))
+            parts.append(logits.float().softmax(1).cpu())
+    return torch.cat(parts).numpy()
+
+
+def predict_test(args, checkpoints, device, precision):
+    """Test predictions with TTA: each fold's network sees every test photo 8 times under the training augmentation.
+
+    checkpoints: DataFrame with fold and checkpoint. Returns a DataFrame with image_id and the mean softmax of all
+    draws and folds, in the row order of sample_submission.csv. Raises InputError for a data set that does not fit.
+    """
+    image_ids = read_test_csv(args.data_dir)["image_id"]
+    images = cache_images("test", image_ids, args.data_dir, args.image_size, args.cache_dir)
+    keys = [(draw, row) for row in range(len(image_ids)) for draw in range(TTA_DRAWS)]
+    total = np.zeros((len(image_ids), len(CLASSES)))
+    for fold, checkpoint in zip(checkpoints["fold"], checkpoints["checkpoint"], strict=True):
+        dataset = LeafDataset(images, image_ids, augmentation=train_augmentation(), seed=args.seed, fold=fold)
+        loader = make_loader(dataset, keys, args.val_batch_size, args.num_workers, pin_memory=device == "cuda")
+        network = load_network(Path(args.log_dir) / checkpoint, args.backbone)
+        probabilities = predict(network, loader, device, precision, f"fold {fold}, test photos x {TTA_DRAWS}")
+        total += probabilities.reshape(len(image_ids), TTA_DRAWS, -1).mean(1, dtype=np.float64)
+    return pd.DataFrame(total / len(checkpoints), columns=list(CLASSES)).assign(image_id=image_ids)[
+        ["image_id", *CLASSES]
+    ]
+
+
+def predict_out_of_fold(args, train, folds, checkpoints, device, precision):
+    """Softmax of every training photo by the network that has not seen it, without augmentation.
+
+    train: DataFrame of train.csv; folds: int (n,), the fold of each row; checkpoints: DataFrame with fold and
+    checkpoint. Returns a DataFrame with image_id and four columns, in the row order of train.csv.
+    """
+    images = cache_images("train", train["image_id"], args.data_dir, args.image_size, args.cache_dir)
+    dataset = LeafDataset(images, train["image_id"])
+    soft_labels = train.astype(dict.fromkeys(CLASSES, np.float64))
+    for fold, checkpoint in zip(checkpoints["fold"], checkpoints["checkpoint"], strict=True):
+        rows = np.flatnonzero(folds == fold)
+        loader = make_loader(
+            dataset, [(0, int(row)) for row in rows], args.val_batch_size, args.num_workers, device == "cuda"
+        )
+        network = load_network(Path(args.log_dir) / checkpoint, args.backbone)
+        soft_labels.loc[rows, list(CLASSES)] = predict(network, loader, device, precision, f"fold {fold}, out-of-fold")
+    return soft_labels

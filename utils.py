@@ -1,0 +1,461 @@
+"""What every script shares: the classes, the command line, seeds, folds, the log directory, whole files, the metric."""
+
+import argparse
+import hashlib
+import logging
+import os
+import tempfile
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import KFold
+
+CLASSES = ("healthy", "multiple_diseases", "rust", "scab")
+N_FOLDS = 5
+TTA_DRAWS = 8
+SOURCES = ("train.py", "models.py", "dataset.py", "utils.py")  # what a training's result depends on
+FREE_OPTIONS = {
+    "folds",
+    "num_workers",
+    "cache_dir",
+    "val_batch_size",
+    "data_dir",
+    "log_dir",
+    "gpus",
+}  # change no result
+TRAINING_ONLY = {"precision", "accumulate_grad_batches", "cpu_processes"}  # of a prediction's own choosing
+
+
+class InputError(SystemExit):
+    """Something the user can put right: one clear line on stderr and exit status 1, no traceback."""
+
+    def __init__(self, message):
+        super().__init__(f"error: {message}")
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of a script's docstring and adds the defaults."""
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def not_negative(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def build_parser(doc, log_dir="logs"):
+    """The one command line of the pipeline; `doc` is the script's docstring, `log_dir` its default log directory."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    group = parser.add_argument_group("files")
+    group.add_argument(
+        "--data_dir",
+        default="data",
+        help="the competition's archive, unpacked: train.csv, test.csv, sample_submission.csv, images/",
+    )
+    group.add_argument(
+        "--log_dir", default=log_dir, help="checkpoints, metrics and options of one training of all folds"
+    )
+    group.add_argument(
+        "--cache_dir",
+        default="image_cache",
+        help="the photos, decoded and resized once for all epochs, folds and steps",
+    )
+
+    group = parser.add_argument_group("what is trained")
+    group.add_argument(
+        "-backbone",
+        "--backbone",
+        default="se_resnext50_32x4d",
+        help="any classifier of pretrainedmodels that the head fits",
+    )
+    group.add_argument(
+        "--weights", default="imagenet", help="where the backbone starts: imagenet, none (from scratch), or a file"
+    )
+    group.add_argument(
+        "--image_size",
+        type=positive,
+        nargs=2,
+        default=[480, 768],
+        metavar=("H", "W"),
+        help="height and width, in pixels",
+    )
+    group.add_argument(
+        "--soft_labels_filename", default=None, metavar="CSV", help="train on 0.7 x hard + 0.3 x these soft labels"
+    )
+    group.add_argument(
+        "--folds",
+        type=int,
+        nargs="+",
+        choices=range(N_FOLDS),
+        default=list(range(N_FOLDS)),
+        help="the folds to train (or predict)",
+    )
+    group.add_argument(
+        "--seed", type=not_negative, default=2020, help="of the folds, the head, the order and the augmentations"
+    )
+
+    group = parser.add_argument_group("how it is trained")
+    group.add_argument("--max_epochs", type=positive, default=70, help="epochs a fold")
+    group.add_argument(
+        "-tbs",
+        "--train_batch_size",
+        type=positive,
+        default=32,
+        help="images an optimizer step, over all devices together",
+    )
+    group.add_argument(
+        "--accumulate_grad_batches",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="split each training batch into N parts to save memory",
+    )
+    group.add_argument(
+        "--lr_schedule",
+        choices=("cosine", "triangular"),
+        default="cosine",
+        help="cosine restarts, or the write-up's triangles",
+    )
+    group.add_argument("--gradient_clip_val", type=float, default=1.0, help="largest norm of a gradient")
+
+    group = parser.add_argument_group("what it runs on")
+    group.add_argument(
+        "--gpus",
+        type=not_negative,
+        nargs="+",
+        default=None,
+        metavar="GPU",
+        help="e.g. --gpus 0 1; without it all GPUs there are, else the CPU",
+    )
+    group.add_argument(
+        "--cpu_processes", type=positive, default=1, metavar="N", help="what --gpus does, on N processes of the CPU"
+    )
+    group.add_argument(
+        "--precision",
+        choices=("16", "32", "bf16"),
+        default=None,
+        help="without it: 16 on a GPU, bf16 on a CPU that has it in hardware, else 32",
+    )
+    group.add_argument(
+        "-vbs", "--val_batch_size", type=positive, default=16, help="images a batch in validation and prediction"
+    )
+    group.add_argument(
+        "--num_workers", type=not_negative, default=min(8, os.cpu_count()), help="processes that load images"
+    )
+    return parser
+
+
+def parse_args(parser, argv=None):
+    """Parse `argv`; `args.typed` is the set of option names that were given, not left at their defaults."""
+    unset = object()
+    blank = argparse.Namespace(**{action.dest: unset for action in parser._actions if action.dest != "help"})
+    args = parser.parse_args(argv, namespace=blank)
+    args.typed = {name for name, value in vars(args).items() if value is not unset}
+    for name, value in vars(args).items():
+        if value is unset:
+            setattr(args, name, parser.get_default(name))
+    if hasattr(args, "folds"):
+        args.folds = sorted(set(args.folds))
+    return args
+
+
+def choose_device(gpus, cpu_processes=1):
+    """The torch device type and indices to use: ("cuda", [0, 1]) or ("cpu", [0]). Raises InputError for GPUs that are not there."""
+    available = torch.cuda.device_count()
+    if cpu_processes > 1:
+        if gpus is not None:
+            raise InputError("--gpus and --cpu_processes exclude each other: leave one out")
+        return "cpu", list(range(cpu_processes))
+    if gpus is None:
+        return ("cuda", list(range(available))) if available else ("cpu", [0])
+    missing = [gpu for gpu in gpus if gpu >= available]
+    if missing:
+        instead = (
+            f"type --gpus {' '.join(map(str, range(available)))}" if available else "leave --gpus out to run on the CPU"
+        )
+        raise InputError(f"--gpus {' '.join(map(str, gpus))}: torch sees {available} GPUs on this machine; {instead}")
+    return "cuda", sorted(set(gpus))
+
+
+def choose_precision(precision, device):
+    """ "16", "32" or "bf16": the one asked for, else the fast one of this device. Raises InputError for fp16 on a CPU."""
+    if precision == "16" and device == "cpu":
+        raise InputError("--precision 16 needs a GPU; on the CPU type --precision bf16 or --precision 32")
+    if precision is not None:
+        return precision
+    if device == "cuda":
+        return "16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "32"
+
+
+def is_worker_process():
+    """Whether torchrun started this process as one of several."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_first_process():
+    """Whether this is the process that writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def quiet_libraries():
+    """Silence what Lightning and albumentations say about settings that we made on purpose."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*ShiftScaleRotate is a special case.*")
+    warnings.filterwarnings("ignore", message=".*`lr_scheduler.step.. before `optimizer.step.*")
+    warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than the logging interval.*")
+
+
+# ---------------------------------------------------------------------------------------------- seeds and folds
+
+
+def derive_seed(*numbers):
+    """A 64-bit seed that depends on every one of `numbers` (non-negative ints) and on nothing else."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def split_folds(n, seed):
+    """Fold number of each of `n` rows of train.csv, int array (n,): KFold(5, shuffle=True, random_state=seed)."""
+    folds = np.empty(n, dtype=np.int64)
+    for fold, (_, validation) in enumerate(KFold(N_FOLDS, shuffle=True, random_state=seed).split(np.zeros(n))):
+        folds[validation] = fold
+    return folds
+
+
+# ---------------------------------------------------------------------------------------------- the metric
+
+
+def column_aucs(labels, probabilities):
+    """ROC AUC of each class, float array (4,), nan where a class has only positives or only negatives.
+
+    labels: (n, 4) one-hot; probabilities: (n, 4).
+    """
+    labels = np.asarray(labels) > 0.5
+    return np.array(
+        [
+            roc_auc_score(truth, score) if 0 < truth.sum() < len(truth) else np.nan
+            for truth, score in zip(labels.T, np.asarray(probabilities).T, strict=True)
+        ]
+    )
+
+
+def mean_auc(labels, probabilities):
+    """Mean column-wise ROC AUC, the competition's metric, over the classes for which it is defined.
+
+    Raises InputError if it is defined for none: one class only, there is nothing to rank.
+    """
+    aucs = column_aucs(labels, probabilities)
+    if np.isnan(aucs).all():
+        raise InputError("the ROC AUC is undefined: all photos are of one class")
+    return float(np.nanmean(aucs))
+
+
+# ---------------------------------------------------------------------------------------------- whole files
+
+
+@contextmanager
+def atomic_write(path, mode="wb"):
+    """Open a temporary file beside `path` that takes its name only when the block succeeded: whole or not at all.
+
+    Raises InputError, naming the file, if it cannot be written; an older version is then still there.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+        with os.fdopen(descriptor, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_csv(path, frame):
+    """Write a DataFrame as CSV, whole or not at all, without its index."""
+    with atomic_write(path, "w") as file:
+        frame.to_csv(file, index=False, lineterminator="\n")
+
+
+def sha256(path):
+    """SHA-256 of a file, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- the log directory
+
+
+def start_run(args, image_ids, folds, fingerprints, fresh=False):
+    """Write hparams.yaml and folds.csv of a new run, or compare with the run that is there already.
+
+    image_ids, folds: the rows of train.csv and their folds; fingerprints: dict of input name to SHA-256.
+    Raises InputError if the log directory holds a run with other options, inputs or source files.
+    """
+    log_dir = Path(args.log_dir)
+    options = {name: value for name, value in vars(args).items() if name not in ("typed", "fresh")}
+    options["data_dir"] = os.path.abspath(args.data_dir)  # the later steps may run in another folder
+    record = {"options": options, "fingerprints": fingerprints}
+    if fresh:
+        for fold in args.folds:
+            remove_fold(log_dir, fold)
+        if not any(log_dir.glob("fold=*.ckpt")):
+            (log_dir / "hparams.yaml").unlink(missing_ok=True)
+    path = log_dir / "hparams.yaml"
+    if path.exists():
+        before = read_hparams(log_dir)
+        changes = [
+            f"{name} was {before['options'].get(name)}, is {value}"
+            for name, value in options.items()
+            if name not in FREE_OPTIONS and before["options"].get(name) != value
+        ]
+        changes += [
+            f"{name} has changed" for name, digest in fingerprints.items() if before["fingerprints"].get(name) != digest
+        ]
+        if changes:
+            raise InputError(
+                f"{log_dir} holds a training that was started differently: {'; '.join(changes)}. "
+                "Use another --log_dir, or --fresh with all its folds to train them anew"
+            )
+    else:
+        with atomic_write(path, "w") as file:
+            yaml.safe_dump(record, file, sort_keys=False)
+    write_csv(log_dir / "folds.csv", pd.DataFrame({"image_id": image_ids, "fold": folds}))
+
+
+def remove_fold(log_dir, fold):
+    """Delete what a fold has left in a log directory: checkpoints, metrics and result."""
+    metrics = Path(log_dir) / "metrics"
+    for path in [
+        *metrics.glob(f"fold={fold}/*"),
+        metrics / f"fold={fold}.csv",
+        *Path(log_dir).glob(f"fold={fold}-*.ckpt"),
+    ]:
+        path.unlink(missing_ok=True)
+
+
+def read_hparams(log_dir):
+    """The record that train.py wrote: {"options": …, "fingerprints": …}."""
+    path = Path(log_dir) / "hparams.yaml"
+    if not path.exists():
+        raise InputError(f"{path} is missing: train first, or name the log directory with --log_dir")
+    record = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(record, dict) or not {"options", "fingerprints"} <= set(record):
+        raise InputError(f"{path} is not what train.py writes")
+    return record
+
+
+def result_path(log_dir, fold):
+    """Where a finished fold leaves its result; results.csv is put together from these."""
+    return Path(log_dir) / "metrics" / f"fold={fold}" / "result.csv"
+
+
+def finish_fold(log_dir, fold, epoch, val_loss, val_roc_auc, checkpoint):
+    """Record a finished fold (checkpoint: its best one's file name), then put results.csv together from all there are."""
+    result = {"fold": fold, "epoch": epoch, "val_loss": val_loss, "val_roc_auc": val_roc_auc, "checkpoint": checkpoint}
+    write_csv(result_path(log_dir, fold), pd.DataFrame([result]))
+    paths = [result_path(log_dir, fold) for fold in range(N_FOLDS)]
+    write_csv(Path(log_dir) / "results.csv", pd.concat([pd.read_csv(path) for path in paths if path.exists()]))
+
+
+def read_results(log_dir, folds=tuple(range(N_FOLDS))):
+    """The best checkpoint of each fold: DataFrame (fold, epoch, val_loss, val_roc_auc, checkpoint), a row a fold.
+
+    Raises InputError, naming what is missing, unless every one of `folds` is finished and its checkpoint is there.
+    """
+    path = Path(log_dir) / "results.csv"
+    results = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["fold", "checkpoint"])
+    missing = sorted(set(folds) - set(results["fold"]))
+    if missing:
+        raise InputError(f"{log_dir}: no result of fold {', '.join(map(str, missing))}; run train.py for them first")
+    results = results[results["fold"].isin(folds)].sort_values("fold").reset_index(drop=True)
+    for name in results["checkpoint"]:
+        if not (Path(log_dir) / name).exists():
+            raise InputError(f"{Path(log_dir) / name} is missing, though results.csv names it")
+    return results
+
+
+def adopt_run_options(args):
+    """Take what log_dir was trained with for all options that were not typed; return the record of the run.
+
+    Raises InputError if a typed option contradicts it. Options that change no result, and precision, are free.
+    """
+    record = read_hparams(args.log_dir)
+    for name, value in record["options"].items():
+        if name == "data_dir":
+            args.data_dir = args.data_dir if "data_dir" in args.typed else value
+        elif name in FREE_OPTIONS | TRAINING_ONLY:
+            continue
+        elif name in args.typed and getattr(args, name) != value:
+            raise InputError(
+                f"--{name} {getattr(args, name)}: {args.log_dir} was trained with {value}; leave the option out"
+            )
+        else:
+            setattr(args, name, value)
+    return record
+
+
+def read_folds(log_dir, image_ids):
+    """The fold of each of `image_ids` as train.py wrote it, int array (n,). Raises InputError if the ids differ."""
+    path = Path(log_dir) / "folds.csv"
+    if not path.exists():
+        raise InputError(f"{path} is missing: train first, or name the log directory with --log_dir")
+    folds = pd.read_csv(path, dtype={"image_id": str}).set_index("image_id")["fold"]
+    if set(folds.index) != set(image_ids):
+        raise InputError(
+            f"{path} is about other photos than train.csv: name the --data_dir that {log_dir} was trained on"
+        )
+    return folds.loc[list(image_ids)].to_numpy()
+
+
+def prepare_prediction(args):
+    """What steps 2 and 4 begin with: adopt the run's options, find and name the best checkpoint of each fold.
+
+    Returns (checkpoints DataFrame, device type, precision). Raises InputError for a log directory that is not complete.
+    """
+    quiet_libraries()
+    adopt_run_options(args)
+    checkpoints = read_results(args.log_dir, args.folds)
+    device, _ = choose_device(args.gpus, args.cpu_processes)
+    precision = choose_precision(args.precision, device)
+    say(f"{args.backbone} on {device}, precision {precision}; from {args.log_dir}:")
+    print(checkpoints.to_string(index=False), flush=True)
+    return checkpoints, device, precision
+
+
+def say(message):
+    """Print at once, with the time of day: what a log of hours is read by."""
+    print(f"[{time.strftime('%H:%M:%S')}] {message}", flush=True)
