@@ -248,6 +248,13 @@ def train_augmentation():
     )
 
 
+def normalise(images):
+    """ImageNet normalisation on the images' own device: uint8 (n, h, w, 3) → float32 (n, 3, h, w), channels last."""
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device).mul_(255)
+    std = torch.tensor(IMAGENET_STD, device=images.device).mul_(255)
+    return ((images.float() - mean) / std).permute(0, 3, 1, 2)
+
+
 # ---------------------------------------------------------------------------------------------- data set and loaders
 
 

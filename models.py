@@ -17,11 +17,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from dataset import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     LeafDataset,
     cache_images,
     make_loader,
+    normalise,
     read_test_csv,
     train_augmentation,
 )
@@ -73,13 +72,6 @@ class LeafNet(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             pooled = self.bn(maps.float().mean((2, 3)))
             return self.fc(F.normalize(pooled, dim=1))
-
-
-def normalise(images):
-    """ImageNet normalisation on the images' own device: uint8 (n, h, w, 3) → float32 (n, 3, h, w), channels last."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).mul_(255)
-    std = torch.tensor(IMAGENET_STD, device=images.device).mul_(255)
-    return ((images.float() - mean) / std).permute(0, 3, 1, 2)
 
 
 # ---------------------------------------------------------------------------------------------- ImageNet weights

@@ -235,7 +235,12 @@ def derive_seed(*numbers):
 
 
 def split_folds(n, seed):
-    """Fold number of each of `n` rows of train.csv, int array (n,): KFold(5, shuffle=True, random_state=seed)."""
+    """Fold number of each of `n` rows of train.csv, int array (n,): KFold(5, shuffle=True, random_state=seed).
+
+    Raises InputError if there are fewer rows than folds.
+    """
+    if n < N_FOLDS:
+        raise InputError(f"train.csv has {n} rows, too few for {N_FOLDS} folds")
     folds = np.empty(n, dtype=np.int64)
     for fold, (_, validation) in enumerate(KFold(N_FOLDS, shuffle=True, random_state=seed).split(np.zeros(n))):
         folds[validation] = fold

@@ -39,8 +39,12 @@ def sample(tmp_path_factory):
 def tiny(tmp_path_factory):
     """Folders of tiny data sets that differ in one argument each."""
     root = tmp_path_factory.mktemp("tiny")
-    changes = {"one": ["--threads", "1"], "two": ["--threads", "3"],
-               "seed": ["--seed", "7"], "more": ["--n_train", "30"]}
+    changes = {
+        "one": ["--threads", "1"],
+        "two": ["--threads", "3"],
+        "seed": ["--seed", "7"],
+        "more": ["--n_train", "30"],
+    }
     for name, change in changes.items():
         main(["--out", str(root / name), *TINY, *change])
     return root
@@ -81,8 +85,9 @@ def test_photo_does_not_depend_on_the_number_of_photos(tiny):
 
 
 def test_splits_and_neighbours_are_different_photos():
-    photos = [render_leaf("rust", 64, 96, np.random.default_rng([1, split, index]))[0]
-              for split in (0, 1) for index in (0, 1)]
+    photos = [
+        render_leaf("rust", 64, 96, np.random.default_rng([1, split, index]))[0] for split in (0, 1) for index in (0, 1)
+    ]
     assert len({photo.tobytes() for photo in photos}) == 4
 
 
@@ -118,7 +123,7 @@ def test_wrong_labels(sample):
     assert (read_labels(sample / "train.csv")[wrong.index] == wrong.label).all()
     true = true_labels(24, np.random.default_rng(0))
     given = with_mistakes(true, np.random.default_rng(0))
-    assert sum(a != b for a, b in zip(true, given)) == 2  # the least there are
+    assert sum(a != b for a, b in zip(true, given, strict=True)) == 2  # the least there are
 
 
 def test_lesions_agree_with_the_true_labels(sample):
@@ -173,8 +178,10 @@ def test_lesions_are_in_pixels_of_the_written_photo(tmp_path):
 def test_mean_colour_does_not_give_the_label_away(sample):
     """A model of nothing but each photo's channel means and deviations must stay weak."""
     labels = all_true_labels(sample)
-    features = [np.concatenate(cv2.meanStdDev(cv2.imread(str(sample / "images" / f"{image_id}.jpg")))).ravel()
-                for image_id in labels.index]
+    features = [
+        np.concatenate(cv2.meanStdDev(cv2.imread(str(sample / "images" / f"{image_id}.jpg")))).ravel()
+        for image_id in labels.index
+    ]
     truth = labels.map(CLASSES.index).to_numpy()
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
@@ -185,6 +192,7 @@ def test_mean_colour_does_not_give_the_label_away(sample):
 
 def test_existing_folders(tiny):
     """As the user sees it: a finished data set is kept, anything else is refused in one line."""
+
     def run(*options):
         command = [sys.executable, "-m", "tools.generate_sample_data", *TINY, *options]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

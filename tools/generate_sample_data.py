@@ -97,8 +97,8 @@ class Leaf:
         """Half width of the leaf without its teeth at u, and its slope there (0 width outside 0..1)."""
         u = np.clip(u, 1e-4, 1 - 1e-4)
         widest = self.base / (self.base + self.tip)
-        peak = widest ** self.base * (1 - widest) ** self.tip
-        width = self.half_width / peak * u ** self.base * (1 - u) ** self.tip
+        peak = widest**self.base * (1 - widest) ** self.tip
+        width = self.half_width / peak * u**self.base * (1 - u) ** self.tip
         return width, width * (self.base / u - self.tip / (1 - u))
 
 
@@ -152,8 +152,8 @@ def draw_leaf(leaf, height, width, rng):
 
     pale = base * 0.55 + hsv(75, 0.25, 0.85) * 0.45
     image = mix(image, pale, smoothstep(0.35, 0.9, noise(rng, height, width, 5)) * rng.uniform(0, 0.4))
-    side_veins = np.exp(-(between / leaf.veins / 0.0035) ** 2) * smoothstep(0, 0.06, edge - side)
-    midrib = np.exp(-(side / (0.011 - 0.007 * np.clip(u, 0, 1))) ** 2)
+    side_veins = np.exp(-((between / leaf.veins / 0.0035) ** 2)) * smoothstep(0, 0.06, edge - side)
+    midrib = np.exp(-((side / (0.011 - 0.007 * np.clip(u, 0, 1))) ** 2))
     image = mix(image, pale, np.maximum(side_veins * rng.uniform(0.25, 0.55), midrib * rng.uniform(0.6, 0.9)))
     image = mix(image, pale * 0.9, stalk * (1 - inside))
     dust = smoothstep(0.88, 1.0, noise(rng, height, width, 100)) * rng.uniform(0, 0.5)
@@ -313,8 +313,14 @@ def main(argv=None):
     what = parser.add_argument_group("what to draw")
     what.add_argument("--n_train", type=positive, default=240, help="number of training photos")
     what.add_argument("--n_test", type=positive, default=120, help="number of test photos")
-    what.add_argument("--photo_size", type=positive, nargs=2, default=[256, 384], metavar=("H", "W"),
-                      help="height and width in pixels (the competition's: 1365 2048)")
+    what.add_argument(
+        "--photo_size",
+        type=positive,
+        nargs=2,
+        default=[256, 384],
+        metavar=("H", "W"),
+        help="height and width in pixels (the competition's: 1365 2048)",
+    )
     what.add_argument("--seed", type=not_negative, default=2020, help="another seed draws other leaves")
     how = parser.add_argument_group("where and how")
     how.add_argument("--out", default="data_sample", help="folder to write")

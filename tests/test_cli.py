@@ -1,0 +1,96 @@
+"""The command line: help, typos, devices, what an out-of-memory error says."""
+
+import pytest
+import torch
+from conftest import run_script
+
+import train
+from utils import InputError, build_parser, choose_device, choose_precision, parse_args
+
+SCRIPTS = ("train.py", "generate_soft_labels.py", "generate_distilled_submission.py", "blend.py")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_the_command_and_the_defaults(script, tmp_path):
+    done = run_script(script, "--help", cwd=tmp_path)
+    assert f"python {script}" in done.stdout and "(default: " in done.stdout and "Writes" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_misspelt_option_stops_at_once(script, tmp_path):
+    done = run_script(script, "--max_epoch", "3", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "--max_epoch" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_originals_names_and_short_options():
+    parser = build_parser("")
+    args = parse_args(parser, "-tbs 8 -vbs 4 -backbone resnet18 --gpus 0 1 --precision 16 --image_size 96 144".split())
+    assert (args.train_batch_size, args.val_batch_size, args.backbone, args.gpus) == (8, 4, "resnet18", [0, 1])
+    assert args.image_size == [96, 144] and "seed" not in args.typed and "gpus" in args.typed
+    defaults = parse_args(parser, [])
+    assert (defaults.train_batch_size, defaults.val_batch_size, defaults.max_epochs) == (32, 16, 70)
+    assert (defaults.image_size, defaults.seed, defaults.gradient_clip_val) == ([480, 768], 2020, 1.0)
+    assert defaults.typed == set() and defaults.log_dir == "logs"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--max_epochs 0", "--max_ep 3", "--image_size 96", "--folds 5", "--seed -1", "--precision fp16", "-t 8", "extra"],
+)
+def test_wrong_values_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(build_parser(""), arguments.split())
+    assert stop.value.code == 2 and "error" in capsys.readouterr().err
+
+
+def test_gpus_that_are_not_there_and_what_to_type_instead(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match="leave --gpus out"):
+        choose_device([0, 1])
+    assert choose_device(None) == ("cpu", [0])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match="type --gpus 0$"):
+        choose_device([0, 1])
+    assert choose_device([0]) == choose_device(None) == ("cuda", [0])
+
+
+def test_precision_is_never_changed_silently():
+    with pytest.raises(InputError, match="--precision 16 needs a GPU"):
+        choose_precision("16", "cpu")
+    assert choose_precision(None, "cuda") == "16"
+    assert choose_precision("32", "cuda") == "32"
+    assert choose_precision(None, "cpu") in ("bf16", "32")
+
+
+def test_missing_data_is_said_before_anything_is_written(tmp_path):
+    done = run_script("train.py", cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "train.csv does not exist" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_backbone_is_refused():
+    with pytest.raises(InputError, match="pretrainedmodels has alexnet"):
+        train.LeafNet("se_resnext50")
+    with pytest.raises(InputError, match="do not fit this head"):
+        train.LeafNet("alexnet")
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "densenet121", "xception"])
+def test_other_backbones_that_fit(backbone):
+    with torch.no_grad():
+        assert train.LeafNet(backbone).eval()(torch.zeros(1, 3, 96, 96)).shape == (1, 4)
+
+
+def test_an_out_of_memory_error_says_what_to_type(sample, tmp_path, monkeypatch):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "train_fold", no_room)
+    parser = build_parser("")
+    parser.add_argument("--fresh", action="store_true")
+    options = f"--data_dir {sample} --weights none --image_size 32 64 --train_batch_size 8 --accumulate_grad_batches 2"
+    with pytest.raises(InputError, match="Type --accumulate_grad_batches 4: the same 8 photos a step, in 4 parts"):
+        train.main(parse_args(parser, options.split()))

@@ -1,0 +1,139 @@
+"""ImageNet weights: where they come from, in which order, and what is said when they cannot be had."""
+
+import hashlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pretrainedmodels
+import pytest
+import torch
+
+import models
+from models import LeafNet, find_weights, load_backbone_weights
+from utils import InputError
+
+BACKBONE = "se_resnext50_32x4d"
+CONTENT = b"stands for a hundred megabytes of weights" * 1000
+DIGEST = hashlib.sha256(CONTENT).hexdigest()[:8]
+
+
+class Host(BaseHTTPRequestHandler):
+    """Serves /good/…, half of it under /truncated/…, other bytes under /wrong/…, and 404 for all else."""
+
+    requests = []
+
+    def do_GET(self):
+        self.requests.append(self.path)
+        folder = self.path.split("/")[1]
+        if folder not in ("good", "truncated", "wrong"):
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(CONTENT)))
+        self.end_headers()
+        body = {"good": CONTENT, "truncated": CONTENT[: len(CONTENT) // 2], "wrong": CONTENT[::-1]}[folder]
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def host(monkeypatch, tmp_path):
+    """A local HTTP server; returns a function that makes its folders the sources of the weights, in that order."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Host)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    Host.requests = []
+
+    def serve(*folders, port=server.server_port):
+        urls = [f"http://127.0.0.1:{port}/{folder}/net{i}-{DIGEST}.pth" for i, folder in enumerate(folders)]
+        monkeypatch.setattr(models, "weight_sources", lambda backbone: urls)
+
+    yield serve
+    server.shutdown()
+    server.server_close()
+
+
+def cached(tmp_path):
+    return sorted(path.name for path in (tmp_path / "torch" / "hub" / "checkpoints").glob("*"))
+
+
+def test_the_first_source_is_the_old_home_and_the_second_the_mirror():
+    urls = models.weight_sources(BACKBONE)
+    assert "data.lip6.fr" in urls[0]
+    assert urls[1].endswith("/v0.1-weights/legacy_se_resnext50_32x4d-f3651bad.pth")
+
+
+def test_the_first_host_down_the_second_answers(host, tmp_path):
+    host("absent", "good")
+    path = find_weights("imagenet", BACKBONE)
+    assert path.read_bytes() == CONTENT and path.name == f"net1-{DIGEST}.pth"
+    assert len(Host.requests) == 2
+    assert find_weights("imagenet", BACKBONE) == path  # now from the cache
+    assert len(Host.requests) == 2
+
+
+@pytest.mark.parametrize("fault", ["wrong", "truncated"])
+def test_a_download_that_is_not_what_its_name_promises_is_thrown_away(host, tmp_path, fault):
+    host(fault, "good")
+    assert find_weights("imagenet", BACKBONE).read_bytes() == CONTENT
+    assert cached(tmp_path) == [f"net1-{DIGEST}.pth"]
+    host(fault)
+    (tmp_path / "torch" / "hub" / "checkpoints" / f"net1-{DIGEST}.pth").unlink()
+    with pytest.raises(InputError, match="hash"):
+        find_weights("imagenet", BACKBONE)
+    assert cached(tmp_path) == []
+
+
+def test_nothing_reachable_says_which_file_to_put_where(host, tmp_path):
+    host("good", "good", port=9)  # nothing listens there
+    with pytest.raises(InputError) as error:
+        find_weights("imagenet", BACKBONE)
+    for hint in (
+        f"net0-{DIGEST}.pth",
+        f"net1-{DIGEST}.pth",
+        str(tmp_path / "torch"),
+        "--weights FILE",
+        "--weights none",
+    ):
+        assert hint in str(error.value)
+    assert cached(tmp_path) == []
+
+
+def test_a_damaged_file_in_the_cache_is_named(host, tmp_path):
+    host("good")
+    folder = tmp_path / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / f"net0-{DIGEST}.pth").write_bytes(CONTENT[:-1])
+    with pytest.raises(InputError, match="is damaged.*delete it"):
+        find_weights("imagenet", BACKBONE)
+    assert not Host.requests
+
+
+def test_none_is_from_scratch_and_a_missing_file_is_an_error(host, tmp_path):
+    host("good")
+    assert find_weights("none", BACKBONE) is None
+    with pytest.raises(InputError, match="imagnet: no such file"):
+        find_weights("imagnet", BACKBONE)
+    assert not Host.requests
+
+
+def test_a_file_given_by_hand_fills_the_backbone_and_leaves_the_head(tmp_path):
+    torch.manual_seed(1)
+    original = pretrainedmodels.se_resnext50_32x4d(num_classes=1000, pretrained=None)
+    torch.save(original.state_dict(), tmp_path / "given.pth")
+    network = LeafNet()
+    head = network.fc.weight.clone()
+    load_backbone_weights(network, find_weights(str(tmp_path / "given.pth"), BACKBONE))
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(network.eval().backbone.features(images), original.eval().features(images))
+    torch.testing.assert_close(network.fc.weight, head)
+
+    incomplete = dict(list(original.state_dict().items())[5:])
+    torch.save(incomplete, tmp_path / "incomplete.pth")
+    with pytest.raises(InputError, match="does not hold this backbone"):
+        load_backbone_weights(LeafNet(), tmp_path / "incomplete.pth")
+    (tmp_path / "noise.pth").write_bytes(CONTENT)
+    with pytest.raises(InputError, match="cannot be loaded as weights"):
+        load_backbone_weights(LeafNet(), tmp_path / "noise.pth")

@@ -1,0 +1,116 @@
+"""Draw the README's pictures from the rendered sample and the networks that `make demo` trained on it.
+
+  python -m tools.make_figures
+
+Reads   demo/: sample/, logs/ (run `make demo` first; matplotlib is in requirements-dev.txt).
+Writes  docs/schedule.png, docs/augmentations.png, docs/tta.png.
+"""
+
+import random
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from dataset import LeafDataset, load_photo, normalise, read_test_csv, read_train_csv, train_augmentation
+from models import load_network, make_schedule
+from tools.demo import FOLDER, REPO
+from utils import CLASSES, TTA_DRAWS, read_hparams, read_results
+
+DOCS = REPO / "docs"
+SIZE = (256, 384)  # the sample's own, so that nothing is blurred by resizing
+
+
+def draw_schedule(path, epochs=70):
+    """The learning rate of each epoch, both schedules, read off an optimizer that takes a step an epoch."""
+    figure, axes = plt.subplots(figsize=(9, 3), layout="constrained")
+    for name, style in (("cosine", "-"), ("triangular", "--")):
+        optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1e-3)
+        schedule, rates = make_schedule(optimizer, name), []
+        for _ in range(epochs):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        label = f"--lr_schedule {name}" + (" (default)" if name == "cosine" else "")
+        axes.plot(range(epochs), rates, style, marker="o", markersize=3, linewidth=1.2, label=label)
+    axes.set(xlabel="epoch", ylabel="learning rate", xlim=(-1, epochs), ylim=(0, 1.05e-3))
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right", framealpha=1, ncols=2, bbox_to_anchor=(1, 1.18))
+    figure.savefig(path, dpi=110)
+
+
+def draw_grid(path, pictures, columns, width=3.0):
+    """Pictures with a title each, (title, uint8 (h, w, 3)), in rows of `columns`."""
+    rows = -(-len(pictures) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(columns * width, rows * (width * 2 / 3 + 0.45)), layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (title, picture) in zip(axes.flat, pictures, strict=False):
+        axis.imshow(picture)
+        axis.set_title(title, fontsize=9)
+    figure.savefig(path, dpi=90)
+
+
+def augmentation_pictures(photo):
+    """One draw of each part of the training augmentation, and of the whole."""
+    whole = train_augmentation()
+    tone, blur, vertical, horizontal, geometry = whole.transforms
+    parts = {
+        "brightness ±0.1": tone.transforms[0],
+        "contrast ±0.1": tone.transforms[1],
+        "motion blur 3×3": blur.transforms[0],
+        "median blur 3×3": blur.transforms[1],
+        "Gaussian blur 3×3": blur.transforms[2],
+        "vertical flip": vertical,
+        "horizontal flip": horizontal,
+        "shift, scale, rotate": geometry,
+    }
+    pictures = [("the photo", photo)]
+    for seed, (title, transform) in enumerate([*parts.items(), *[("all together", whole)] * 3]):
+        transform.set_random_state(np.random.default_rng(seed + 1), random.Random(seed + 1))
+        transform.p = 1
+        pictures.append((title, transform(image=photo)["image"]))
+    return pictures
+
+
+def tta_pictures():
+    """The eight views of a test photo, with what the network of fold 0 makes of each and of their mean."""
+    log_dir = FOLDER / "logs"
+    options = read_hparams(log_dir)["options"]
+    image_id = read_test_csv(FOLDER / "sample")["image_id"][4]
+    path = FOLDER / "sample" / "images" / f"{image_id}.jpg"
+    arguments = {"augmentation": train_augmentation(), "seed": options["seed"], "fold": 0}
+    seen = LeafDataset([load_photo(path, options["image_size"])], [image_id], **arguments)
+    shown = LeafDataset([load_photo(path, SIZE)], [image_id], **arguments)
+    network = load_network(log_dir / read_results(log_dir, [0])["checkpoint"][0], options["backbone"])
+    with torch.no_grad():
+        views = torch.stack([seen[draw, 0]["image"] for draw in range(TTA_DRAWS)])
+        probabilities = network(normalise(views)).softmax(1).numpy()
+
+    def caption(values):
+        return ", ".join(f"{name.split('_')[0]} {value:.2f}" for name, value in zip(CLASSES, values, strict=True))
+
+    pictures = [(f"{image_id}: mean of the eight\n{caption(probabilities.mean(0))}", load_photo(path, SIZE))]
+    for draw in range(TTA_DRAWS):
+        pictures.append((f"view {draw + 1}\n{caption(probabilities[draw])}", shown[draw, 0]["image"].numpy()))
+    return pictures
+
+
+def main():
+    DOCS.mkdir(exist_ok=True)
+    draw_schedule(DOCS / "schedule.png")
+    train = read_train_csv(FOLDER / "sample")
+    image_id = train.loc[train["rust"] == 1, "image_id"].iloc[0]
+    photo = load_photo(FOLDER / "sample" / "images" / f"{image_id}.jpg", SIZE)
+    draw_grid(DOCS / "augmentations.png", augmentation_pictures(photo), columns=4)
+    draw_grid(DOCS / "tta.png", tta_pictures(), columns=3, width=4.0)
+
+
+if __name__ == "__main__":
+    main()
