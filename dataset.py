@@ -18,7 +18,7 @@ from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from utils import CLASSES, InputError, atomic_write, derive_seed, say, write_csv
+from utils import CLASSES, InputError, atomic_write, derive_seed
 
 cv2.setNumThreads(0)  # OpenCV's threads would fight the loader's workers for the cores
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -71,6 +71,16 @@ def raise_all(path, problems):
         raise InputError(f"{path}: " + "; ".join(problems[:10]) + more)
 
 
+def check_ids(path, found, wanted):
+    """Raise InputError, naming them, for ids of a file that are missing or not wanted; their order is free."""
+    missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    raise_all(
+        path,
+        [f"has no row for {name}" for name in missing]
+        + [f"has a row for {name}, which is not wanted" for name in extra],
+    )
+
+
 def read_train_csv(data_dir):
     """train.csv: DataFrame with image_id (str) and the four one-hot class columns (float). Raises InputError."""
     path = Path(data_dir) / "train.csv"
@@ -83,9 +93,15 @@ def read_train_csv(data_dir):
     return frame
 
 
-def read_test_csv(data_dir):
-    """test.csv: DataFrame with image_id (str). Raises InputError."""
-    return read_csv(Path(data_dir) / "test.csv", ("image_id",))
+def read_test_ids(data_dir):
+    """The image_ids to predict, Series of str, in the row order of sample_submission.csv.
+
+    Raises InputError unless test.csv has just the same ids.
+    """
+    test = Path(data_dir) / "test.csv"
+    image_ids = read_csv(Path(data_dir) / "sample_submission.csv", ("image_id", *CLASSES))["image_id"]
+    check_ids(test, read_csv(test, ("image_id",))["image_id"], image_ids)
+    return image_ids
 
 
 def read_probabilities(path, image_ids=None):
@@ -102,26 +118,8 @@ def read_probabilities(path, image_ids=None):
     )
     if image_ids is None:
         return frame
-    missing, extra = sorted(set(image_ids) - set(frame["image_id"])), sorted(set(frame["image_id"]) - set(image_ids))
-    raise_all(
-        path,
-        [f"has no row for {name}" for name in missing]
-        + [f"has a row for {name}, which is not wanted" for name in extra],
-    )
+    check_ids(path, frame["image_id"], image_ids)
     return frame.set_index("image_id").loc[list(image_ids)].reset_index()
-
-
-def write_submission(path, predictions, data_dir):
-    """Write predictions (DataFrame: image_id, four columns) in the row order of sample_submission.csv.
-
-    Raises InputError if sample_submission.csv does not have the ids of test.csv.
-    """
-    sample = Path(data_dir) / "sample_submission.csv"
-    order = read_csv(sample, ("image_id", *CLASSES))["image_id"]
-    if set(order) != set(predictions["image_id"]):
-        raise InputError(f"{sample} does not have the image_ids of test.csv")
-    write_csv(path, predictions.set_index("image_id").loc[order].reset_index())
-    say(f"wrote {path}: {len(order)} rows")
 
 
 def mix_labels(hard, soft):

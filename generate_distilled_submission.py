@@ -7,14 +7,15 @@ Writes  submission_distill.csv: each test photo, the mean of five networks x eig
 Expect  0.98422 public and 0.98135 private at Kaggle (published).
 """
 
-from dataset import write_submission
 from models import predict_test
-from utils import build_parser, parse_args, prepare_prediction
+from utils import build_parser, parse_args, prepare_prediction, say, write_csv
 
 
 def main(args):
     checkpoints, device, precision = prepare_prediction(args)
-    write_submission("submission_distill.csv", predict_test(args, checkpoints, device, precision), args.data_dir)
+    submission = predict_test(args, checkpoints, device, precision)
+    write_csv("submission_distill.csv", submission)
+    say(f"wrote submission_distill.csv: {len(submission)} rows")
 
 
 if __name__ == "__main__":

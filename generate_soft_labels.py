@@ -10,7 +10,7 @@ Expect  the out-of-fold AUC; 0.97988 public and 0.98108 private at Kaggle for su
 
 import numpy as np
 
-from dataset import read_train_csv, write_submission
+from dataset import read_train_csv
 from models import predict_out_of_fold, predict_test
 from utils import CLASSES, build_parser, column_aucs, parse_args, prepare_prediction, read_folds, say, write_csv
 
@@ -22,11 +22,14 @@ def main(args):
 
     soft_labels = predict_out_of_fold(args, train, folds, checkpoints, device, precision)
     write_csv("soft_labels.csv", soft_labels)
-    aucs = dict(zip(CLASSES, column_aucs(train[list(CLASSES)], soft_labels[list(CLASSES)]), strict=True))
+    known = train[train["image_id"].isin(soft_labels["image_id"])]
+    aucs = dict(zip(CLASSES, column_aucs(known[list(CLASSES)], soft_labels[list(CLASSES)]), strict=True))
     each = ", ".join(f"{name} {auc:.4f}" for name, auc in aucs.items())
     say(f"wrote soft_labels.csv: out-of-fold AUC {np.nanmean(list(aucs.values())):.5f} ({each})")
 
-    write_submission("submission.csv", predict_test(args, checkpoints, device, precision), args.data_dir)
+    submission = predict_test(args, checkpoints, device, precision)
+    write_csv("submission.csv", submission)
+    say(f"wrote submission.csv: {len(submission)} rows")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from dataset import (
     cache_images,
     make_loader,
     normalise,
-    read_test_csv,
+    read_test_ids,
     train_augmentation,
 )
 from utils import CLASSES, TTA_DRAWS, InputError, mean_auc, say, sha256
@@ -191,7 +191,7 @@ class LeafModule(pl.LightningModule):
         loss = F.cross_entropy(self.network(normalise(batch["image"])), batch["label"])
         self.log("loss", loss, prog_bar=True)
         self.log("lr", self.optimizers().param_groups[0]["lr"], prog_bar=True)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["label"]))
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["label"]), sync_dist=True)
         return loss
 
     def validation_step(self, batch, batch_idx):
@@ -255,7 +255,7 @@ def predict(network, loader, device, precision, title):
     network = network.to(device)
     dtype = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32}[precision]
     parts = []
-    with torch.inference_mode(), torch.autocast(device, dtype, enabled=precision != "32"):
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=precision != "32"):
         for batch in tqdm(loader, desc=title, unit="batch", mininterval=1):
             logits = network(normalise(batch["image"].to(device, non_blocking=True)))
             parts.append(logits.float().softmax(1).cpu())
@@ -268,13 +268,13 @@ def predict_test(args, checkpoints, device, precision):
     checkpoints: DataFrame with fold and checkpoint. Returns a DataFrame with image_id and the mean softmax of all
     draws and folds, in the row order of sample_submission.csv. Raises InputError for a data set that does not fit.
     """
-    image_ids = read_test_csv(args.data_dir)["image_id"]
+    image_ids = read_test_ids(args.data_dir)
     images = cache_images("test", image_ids, args.data_dir, args.image_size, args.cache_dir)
     keys = [(draw, row) for row in range(len(image_ids)) for draw in range(TTA_DRAWS)]
     total = np.zeros((len(image_ids), len(CLASSES)))
     for fold, checkpoint in zip(checkpoints["fold"], checkpoints["checkpoint"], strict=True):
         dataset = LeafDataset(images, image_ids, augmentation=train_augmentation(), seed=args.seed, fold=fold)
-        loader = make_loader(dataset, keys, args.val_batch_size, args.num_workers, pin_memory=device == "cuda")
+        loader = make_loader(dataset, keys, args.val_batch_size, args.num_workers, pin_memory=device.type == "cuda")
         network = load_network(Path(args.log_dir) / checkpoint, args.backbone)
         probabilities = predict(network, loader, device, precision, f"fold {fold}, test photos x {TTA_DRAWS}")
         total += probabilities.reshape(len(image_ids), TTA_DRAWS, -1).mean(1, dtype=np.float64)
@@ -287,7 +287,8 @@ def predict_out_of_fold(args, train, folds, checkpoints, device, precision):
     """Softmax of every training photo by the network that has not seen it, without augmentation.
 
     train: DataFrame of train.csv; folds: int (n,), the fold of each row; checkpoints: DataFrame with fold and
-    checkpoint. Returns a DataFrame with image_id and four columns, in the row order of train.csv.
+    checkpoint. Returns a DataFrame with image_id and four columns, in the row order of train.csv, the rows of those
+    checkpoints' folds only.
     """
     images = cache_images("train", train["image_id"], args.data_dir, args.image_size, args.cache_dir)
     dataset = LeafDataset(images, train["image_id"])
@@ -299,4 +300,4 @@ def predict_out_of_fold(args, train, folds, checkpoints, device, precision):
         )
         network = load_network(Path(args.log_dir) / checkpoint, args.backbone)
         soft_labels.loc[rows, list(CLASSES)] = predict(network, loader, device, precision, f"fold {fold}, out-of-fold")
-    return soft_labels
+    return soft_labels[np.isin(folds, checkpoints["fold"])]

@@ -213,8 +213,9 @@ def main(args):
     weights = find_weights(args.weights, args.backbone)
 
     if not is_worker_process():
-        start_run(args, data.image_ids, data.folds, fingerprint_inputs(args, weights), args.fresh)
-        say(f"{args.backbone} from {weights or 'scratch'}, {len(indices)} x {device}, precision {args.precision}")
+        devices = f"{len(indices)} x {device}"
+        start_run(args, data.image_ids, data.folds, fingerprint_inputs(args, weights), devices, args.fresh)
+        say(f"{args.backbone} from {weights or 'scratch'}, {devices}, precision {args.precision}")
         if len(indices) > 1:
             launch_processes(len(indices))
 

@@ -21,16 +21,9 @@ CLASSES = ("healthy", "multiple_diseases", "rust", "scab")
 N_FOLDS = 5
 TTA_DRAWS = 8
 SOURCES = ("train.py", "models.py", "dataset.py", "utils.py")  # what a training's result depends on
-FREE_OPTIONS = {
-    "folds",
-    "num_workers",
-    "cache_dir",
-    "val_batch_size",
-    "data_dir",
-    "log_dir",
-    "gpus",
-}  # change no result
-TRAINING_ONLY = {"precision", "accumulate_grad_batches", "cpu_processes"}  # of a prediction's own choosing
+# Options that change no result by themselves: what they name is compared by its content, or not at all.
+FREE_OPTIONS = {"folds", "num_workers", "cache_dir", "val_batch_size", "data_dir", "log_dir", "gpus", "cpu_processes"}
+FREE_OPTIONS |= {"weights", "soft_labels_filename"}
 
 
 class InputError(SystemExit):
@@ -179,7 +172,10 @@ def parse_args(parser, argv=None):
 
 
 def choose_device(gpus, cpu_processes=1):
-    """The torch device type and indices to use: ("cuda", [0, 1]) or ("cpu", [0]). Raises InputError for GPUs that are not there."""
+    """The torch device type and indices to use: ("cuda", [0, 1]) or ("cpu", [0]).
+
+    Raises InputError for GPUs that are not there.
+    """
     available = torch.cuda.device_count()
     if cpu_processes > 1:
         if gpus is not None:
@@ -324,15 +320,16 @@ def sha256(path):
 # ---------------------------------------------------------------------------------------------- the log directory
 
 
-def start_run(args, image_ids, folds, fingerprints, fresh=False):
+def start_run(args, image_ids, folds, fingerprints, devices, fresh=False):
     """Write hparams.yaml and folds.csv of a new run, or compare with the run that is there already.
 
-    image_ids, folds: the rows of train.csv and their folds; fingerprints: dict of input name to SHA-256.
+    image_ids, folds: the rows of train.csv and their folds; fingerprints: dict of input name to SHA-256; devices: text.
     Raises InputError if the log directory holds a run with other options, inputs or source files.
     """
     log_dir = Path(args.log_dir)
     options = {name: value for name, value in vars(args).items() if name not in ("typed", "fresh")}
     options["data_dir"] = os.path.abspath(args.data_dir)  # the later steps may run in another folder
+    options["devices"] = devices
     record = {"options": options, "fingerprints": fingerprints}
     if fresh:
         for fold in args.folds:
@@ -347,8 +344,9 @@ def start_run(args, image_ids, folds, fingerprints, fresh=False):
             for name, value in options.items()
             if name not in FREE_OPTIONS and before["options"].get(name) != value
         ]
+        names = sorted(fingerprints.keys() | before["fingerprints"].keys())
         changes += [
-            f"{name} has changed" for name, digest in fingerprints.items() if before["fingerprints"].get(name) != digest
+            f"{name} has changed" for name in names if before["fingerprints"].get(name) != fingerprints.get(name)
         ]
         if changes:
             raise InputError(
@@ -422,7 +420,7 @@ def adopt_run_options(args):
     for name, value in record["options"].items():
         if name == "data_dir":
             args.data_dir = args.data_dir if "data_dir" in args.typed else value
-        elif name in FREE_OPTIONS | TRAINING_ONLY:
+        elif name in FREE_OPTIONS | {"precision", "accumulate_grad_batches", "devices"}:
             continue
         elif name in args.typed and getattr(args, name) != value:
             raise InputError(
@@ -449,13 +447,14 @@ def read_folds(log_dir, image_ids):
 def prepare_prediction(args):
     """What steps 2 and 4 begin with: adopt the run's options, find and name the best checkpoint of each fold.
 
-    Returns (checkpoints DataFrame, device type, precision). Raises InputError for a log directory that is not complete.
+    Returns (checkpoints DataFrame, torch.device, precision). Raises InputError for a log directory that is not complete.
     """
     quiet_libraries()
     adopt_run_options(args)
     checkpoints = read_results(args.log_dir, args.folds)
-    device, _ = choose_device(args.gpus, args.cpu_processes)
+    device, indices = choose_device(args.gpus)
     precision = choose_precision(args.precision, device)
+    device = torch.device(device, indices[0])
     say(f"{args.backbone} on {device}, precision {precision}; from {args.log_dir}:")
     print(checkpoints.to_string(index=False), flush=True)
     return checkpoints, device, precision

@@ -4,7 +4,6 @@ import multiprocessing
 
 import cv2
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -18,10 +17,9 @@ from dataset import (
     make_loader,
     mix_labels,
     read_probabilities,
-    read_test_csv,
+    read_test_ids,
     read_train_csv,
     train_augmentation,
-    write_submission,
 )
 from utils import CLASSES, InputError, column_aucs, mean_auc, split_folds
 
@@ -81,8 +79,8 @@ def test_byte_order_mark_and_crlf_are_fine(tmp_path):
 
 
 def test_a_missing_csv_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"test\.csv does not exist"):
-        read_test_csv(tmp_path)
+    with pytest.raises(InputError, match=r"train\.csv does not exist"):
+        read_train_csv(tmp_path)
 
 
 def test_soft_labels_are_joined_by_image_id_not_by_row(tmp_path):
@@ -113,13 +111,13 @@ def test_soft_labels_that_do_not_fit_are_refused(tmp_path, rows, complaint):
         read_probabilities(tmp_path / "soft.csv", ["a", "b"])
 
 
-def test_a_submission_has_the_row_order_of_sample_submission(tmp_path):
+def test_test_photos_come_in_the_row_order_of_sample_submission(tmp_path):
     (tmp_path / "sample_submission.csv").write_text(HEADER + "b,.25,.25,.25,.25\na,.25,.25,.25,.25\n")
-    predictions = pd.DataFrame([["a", 1.0, 0.0, 0.0, 0.0], ["b", 0.0, 0.0, 0.0, 1.0]], columns=["image_id", *CLASSES])
-    write_submission(tmp_path / "submission.csv", predictions, tmp_path)
-    assert (tmp_path / "submission.csv").read_text() == HEADER + "b,0.0,0.0,0.0,1.0\na,1.0,0.0,0.0,0.0\n"
-    with pytest.raises(InputError, match="does not have the image_ids of test.csv"):
-        write_submission(tmp_path / "submission.csv", predictions.iloc[:1], tmp_path)
+    (tmp_path / "test.csv").write_text("image_id\na\nb\n")
+    assert read_test_ids(tmp_path).tolist() == ["b", "a"]
+    (tmp_path / "test.csv").write_text("image_id\na\nc\n")
+    with pytest.raises(InputError, match="test.csv: has no row for b; has a row for c"):
+        read_test_ids(tmp_path)
 
 
 # ---- photos

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from dataset import LeafDataset, load_photo, normalise, read_test_csv, read_train_csv, train_augmentation
+from dataset import LeafDataset, load_photo, normalise, read_test_ids, read_train_csv, train_augmentation
 from models import load_network, make_schedule
 from tools.demo import FOLDER, REPO
 from utils import CLASSES, TTA_DRAWS, read_hparams, read_results
@@ -83,7 +83,7 @@ def tta_pictures():
     """The eight views of a test photo, with what the network of fold 0 makes of each and of their mean."""
     log_dir = FOLDER / "logs"
     options = read_hparams(log_dir)["options"]
-    image_id = read_test_csv(FOLDER / "sample")["image_id"][4]
+    image_id = read_test_ids(FOLDER / "sample")[4]
     path = FOLDER / "sample" / "images" / f"{image_id}.jpg"
     arguments = {"augmentation": train_augmentation(), "seed": options["seed"], "fold": 0}
     seen = LeafDataset([load_photo(path, options["image_size"])], [image_id], **arguments)
