@@ -56,8 +56,7 @@ def read_csv(path, columns):
     for name in columns[1:]:
         values = pd.to_numeric(frame[name], errors="coerce")
         problems += [
-            f"row {row + 2}: {name} is {frame[name][row]!r}, not a number"
-            for row in np.flatnonzero(~np.isfinite(values))
+            f"row {row + 2}: {name} is {frame[name][row]}, not a number" for row in np.flatnonzero(~np.isfinite(values))
         ]
         frame[name] = values
     raise_all(path, problems)
@@ -202,12 +201,18 @@ def cache_images(name, image_ids, data_dir, image_size, cache_dir):
 
 
 class MotionBlur3(A.ImageOnlyTransform):
-    """Average along a line between two different random cells of a 3x3 kernel, as albumentations 0.4.5 had it."""
+    """Average along a random line in a 3x3 kernel, off centre too, drawn as albumentations 0.4.5 did.
+
+    The columns of the line's ends are drawn first; only if they coincide must the rows differ.
+    """
 
     def get_params(self):
-        start, end = self.py_random.sample([(x, y) for x in range(3) for y in range(3)], 2)
-        kernel = cv2.line(np.zeros((3, 3), np.uint8), start, end, 1).astype(np.float32)
-        return {"kernel": kernel / kernel.sum()}
+        columns = [self.py_random.randrange(3) for _ in range(2)]
+        one_column = columns[0] == columns[1]
+        rows = self.py_random.sample(range(3), 2) if one_column else [self.py_random.randrange(3) for _ in range(2)]
+        kernel = np.zeros((3, 3), np.uint8)
+        cv2.line(kernel, (columns[0], rows[0]), (columns[1], rows[1]), 1)
+        return {"kernel": kernel.astype(np.float32) / kernel.sum()}
 
     def apply(self, img, kernel, **params):
         return cv2.filter2D(img, -1, kernel)
@@ -234,10 +239,12 @@ def train_augmentation():
             A.OneOf([MotionBlur3(p=1), A.MedianBlur(blur_limit=(3, 3), p=1), GaussianBlur3(p=1)], p=0.5),
             A.VerticalFlip(p=0.5),
             A.HorizontalFlip(p=0.5),
-            A.ShiftScaleRotate(
-                shift_limit=0.2,
-                scale_limit=0.2,
-                rotate_limit=20,
+            # not ShiftScaleRotate: that of 2.0.8 draws another scale for each axis
+            A.Affine(
+                scale=(0.8, 1.2),
+                keep_ratio=True,
+                translate_percent=(-0.2, 0.2),
+                rotate=(-20, 20),
                 interpolation=cv2.INTER_LINEAR,
                 border_mode=cv2.BORDER_REFLECT_101,
                 p=1,

@@ -52,14 +52,19 @@ class LeafNet(nn.Module):
                 f"--backbone {backbone}: pretrainedmodels has {', '.join(sorted(pretrainedmodels.model_names))}"
             )
         self.backbone = pretrainedmodels.__dict__[backbone](num_classes=1000, pretrained=None)
-        n_features = getattr(getattr(self.backbone, "last_linear", None), "in_features", None)
+        classifier = getattr(self.backbone, "last_linear", None)
+        n_features = getattr(classifier, "in_features", None) or getattr(classifier, "in_channels", None)
         for unused in ("last_linear", "avg_pool", "avgpool", "dropout"):
             if isinstance(getattr(self.backbone, unused, None), nn.Module):
                 delattr(self.backbone, unused)
-        with torch.no_grad():
-            shape = self.backbone.eval().features(torch.zeros(1, 3, 331, 331)).shape if n_features else None
+        own_size = next(iter(pretrainedmodels.pretrained_settings[backbone].values()))["input_size"]
+        try:
+            with torch.no_grad():
+                shape = self.backbone.eval().features(torch.zeros(1, *own_size)).shape
+        except (AttributeError, RuntimeError):  # no features(), or one that ends in layers of a fixed size
+            shape = ()
         self.train()
-        if shape is None or len(shape) != 4 or shape[1] != n_features:
+        if len(shape) != 4 or shape[1] != n_features:
             raise InputError(
                 f"--backbone {backbone}: its features do not fit this head, which pools one map per channel"
             )

@@ -4,6 +4,8 @@ import argparse
 import hashlib
 import logging
 import os
+import re
+import sys
 import tempfile
 import time
 import warnings
@@ -159,6 +161,10 @@ def build_parser(doc, log_dir="logs"):
 
 def parse_args(parser, argv=None):
     """Parse `argv`; `args.typed` is the set of option names that were given, not left at their defaults."""
+    argv = sys.argv[1:] if argv is None else argv
+    for word in argv:  # argparse's allow_abbrev=False leaves -t for -tbs alone
+        if re.match("-[A-Za-z]", word) and word.split("=")[0] not in parser._option_string_actions:
+            parser.error(f"unrecognized option {word}")
     unset = object()
     blank = argparse.Namespace(**{action.dest: unset for action in parser._actions if action.dest != "help"})
     args = parser.parse_args(argv, namespace=blank)
@@ -217,7 +223,6 @@ def quiet_libraries():
     """Silence what Lightning and albumentations say about settings that we made on purpose."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*ShiftScaleRotate is a special case.*")
     warnings.filterwarnings("ignore", message=".*`lr_scheduler.step.. before `optimizer.step.*")
     warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than the logging interval.*")
 

@@ -66,11 +66,19 @@ def test_statistics_on_the_reference_photo(name):
         "laplacian_var_ratio": [sharpness(image) / base for image in results],
     }
     for statistic, values in measured.items():
-        expected = np.array(FIGURES[name][statistic])
-        # inner quantiles of a few hundred draws wander by some 6 % of the range between the extremes
-        tolerance = 0.10 * np.ptp(expected) + 0.002 * np.abs(expected).max() + 1e-4
-        ours = np.percentile(values, QUANTILES)
-        np.testing.assert_allclose(ours[1:-1], expected[1:-1], atol=tolerance, err_msg=statistic)
+        assert_same_distribution(values, FIGURES[name][statistic], statistic)
+
+
+def assert_same_distribution(ours, expected, name, slack=0.0):
+    """Each of the reference's inner quantiles lies between ours of 8 % less and 8 % more of the draws.
+
+    The reference is a sample too, of some 200 draws by its extremes: a standard error of 3 %. `slack` widens the band
+    by a share of the value, for what is computed rather than measured.
+    """
+    margin = (slack + 0.002) * np.abs(expected).max() + 1e-4
+    for quantile, value in list(zip(QUANTILES, expected, strict=True))[1:-1]:
+        low, high = np.percentile(ours, [max(quantile - 8, 0), min(quantile + 8, 100)])
+        assert low - margin <= value <= high + margin, f"{name}, {quantile} % quantile: {low}…{high}, not {value}"
 
 
 def test_brightness_shifts_by_a_tenth_of_the_range_and_contrast_by_a_tenth_of_the_mean():
@@ -80,8 +88,8 @@ def test_brightness_shifts_by_a_tenth_of_the_range_and_contrast_by_a_tenth_of_th
     assert max(shifts) == pytest.approx(25, abs=1.01)
     shifts = [image.mean() - 120 for image in draws(TRANSFORMS["contrast"], grey, 500)]
     share = FIGURES["contrast"]["mean_shift"][0] / FIGURES["base_mean"]
-    assert min(shifts) == pytest.approx(share * 120, abs=1.01)
-    assert max(shifts) == pytest.approx(-share * 120, abs=1.01)
+    assert min(shifts) == pytest.approx(share * 120, abs=1.2)  # a grey level, for the rounding
+    assert max(shifts) == pytest.approx(-share * 120, abs=1.2)
 
 
 def sharpness_ratio(kernel):
@@ -116,7 +124,7 @@ def kernels(transform, n):
 def test_blurs_soften_the_reference_photo_as_the_originals_do(name, transform):
     ratios = [sharpness_ratio(kernel) for kernel in kernels(transform, 200)]
     expected = FIGURES[name]["laplacian_var_ratio"]
-    np.testing.assert_allclose(np.percentile(ratios, QUANTILES), expected, rtol=0.08)
+    assert_same_distribution(ratios, expected, name, slack=0.03)
     assert [min(ratios), max(ratios)] == pytest.approx([expected[0], expected[-1]], rel=0.03)
 
 
@@ -146,7 +154,7 @@ def test_shift_scale_and_rotation_have_the_originals_ranges():
     y, x = np.mgrid[:height, :width].astype(np.float32)
     coordinates = np.dstack([x / width, y / width, np.zeros_like(x)])
     middle_y, middle_x, step = height // 2, width // 2, 8
-    found = []
+    found, anisotropy = [], []
     for image in draws(geometry, coordinates, 400):
         here = image[middle_y, middle_x, :2] * width
         slope = (image[middle_y, middle_x + step, :2] - image[middle_y, middle_x - step, :2]) * width / (2 * step)
@@ -158,16 +166,13 @@ def test_shift_scale_and_rotation_have_the_originals_ranges():
         forward = np.linalg.inv(inverse)
         shift = -forward @ (here - [middle_x, middle_y])
         angle = np.degrees(np.arctan2(forward[1, 0], forward[0, 0]))
+        anisotropy.append(np.linalg.norm(forward[:, 0]) / np.linalg.norm(forward[:, 1]))
         found.append([np.sqrt(np.linalg.det(forward)), angle, shift[0] / width, shift[1] / height])
     scale, rotation, shift_x, shift_y = np.array(found).T
     assert len(found) > 300
-    for ours, name, slack in [
-        (scale, "scale", 0.04),
-        (rotation, "rotation_deg", 4.0),
-        (shift_x, "centre_x", 0.05),
-        (shift_y, "centre_y", 0.05),
-    ]:
-        np.testing.assert_allclose(np.percentile(ours, QUANTILES), FIGURES["affine"][name], atol=slack, err_msg=name)
+    for ours, name in [(scale, "scale"), (rotation, "rotation_deg"), (shift_x, "centre_x"), (shift_y, "centre_y")]:
+        assert_same_distribution(ours, FIGURES["affine"][name], name)
+    assert np.max(np.abs(np.array(anisotropy) - 1)) < 0.02  # one scale for both axes
 
 
 def test_the_border_is_reflected():
@@ -191,7 +196,7 @@ def test_normalisation_is_the_originals():
     normalised = normalise(images)
     assert normalised.shape == (2, 3, 4, 6) and normalised.dtype == torch.float32
     step = 1 / 255 / np.array([0.229, 0.224, 0.225])  # one grey level
-    np.testing.assert_array_less(np.abs(normalised[0, :, 0, 0] - FIGURES["normalize"]["mean"]), 0.5 * step)
+    np.testing.assert_array_less(np.abs(normalised[0, :, 0, 0].numpy() - FIGURES["normalize"]["mean"]), 0.5 * step)
 
 
 def test_a_photo_is_augmented_by_seed_fold_epoch_and_id_alone():

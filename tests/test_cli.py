@@ -37,7 +37,17 @@ def test_the_originals_names_and_short_options():
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--max_epochs 0", "--max_ep 3", "--image_size 96", "--folds 5", "--seed -1", "--precision fp16", "-t 8", "extra"],
+    [
+        "--max_epochs 0",
+        "--max_ep 3",
+        "--image_size 96",
+        "--folds 5",
+        "--seed -1",
+        "--precision fp16",
+        "-t 8",
+        "-tb 8",
+        "extra",
+    ],
 )
 def test_wrong_values_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stop:

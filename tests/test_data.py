@@ -53,7 +53,7 @@ def build(folder, ids=range(6), size=(16, 24)):
         (HEADER + "a,0.5,0.5,0,0\n", r"row 2 \(a\) is not one 1"),
         (HEADER + "a,1,0,0,0\na,1,0,0,0\n", "row 3 repeats image_id a"),
         (HEADER + "a,1,0,,0\n", "row 2: rust is nan, not a number"),
-        (HEADER + "a,1,0,x,0\n", "row 2: rust is 'x', not a number"),
+        (HEADER + "a,1,0,x,0\n", "row 2: rust is x, not a number"),
         (HEADER + "../a,1,0,0,0\n", "is not a plain file name"),
         (HEADER + ",1,0,0,0\n", "row 2 has no image_id"),
     ],
@@ -67,7 +67,7 @@ def test_a_bad_train_csv_is_refused_in_one_line(tmp_path, content, complaint):
 
 def test_all_problems_are_reported_at_once(tmp_path):
     (tmp_path / "train.csv").write_text(HEADER + "a,1,0,0,0\nb,2,0,0,0\na,1,0,0,0\nc,x,0,0,0\n")
-    with pytest.raises(InputError, match="row 4 repeats image_id a.*row 5: healthy is 'x'"):
+    with pytest.raises(InputError, match="row 4 repeats image_id a.*row 5: healthy is x"):
         read_train_csv(tmp_path)
 
 
