@@ -1,6 +1,5 @@
 # Two commands for a fresh machine: `make demo` (all five steps on rendered leaves, CPU) and `make test` (lint and all tests).
 PYTHON ?= python3
-RUN = cd demo && ../.venv/bin/python
 
 .PHONY: demo test
 
@@ -9,13 +8,14 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	.venv/bin/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	touch $@

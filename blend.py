@@ -26,12 +26,13 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument(
+    group = parser.add_argument_group("files")
+    group.add_argument(
         "--submissions",
         nargs="+",
         default=["submission.csv", "submission_distill.csv"],
         metavar="CSV",
         help="what to average",
     )
-    parser.add_argument("--output", default="submission_mix.csv", metavar="CSV", help="where the mean goes")
+    group.add_argument("--output", default="submission_mix.csv", metavar="CSV", help="where the mean goes")
     main(parser.parse_args())

@@ -4,6 +4,7 @@ import os
 import random
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from utils import CLASSES, InputError, atomic_write, derive_seed
+from utils import CLASSES, InputError, atomic_write, derive_seed, make_folder
 
 cv2.setNumThreads(0)  # OpenCV's threads would fight the loader's workers for the cores
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -27,20 +28,17 @@ HARD_SHARE = 0.7  # of the mixed label in step 3, the rest is the soft label
 # ---------------------------------------------------------------------------------------------- the CSV files
 
 
-def read_csv(path, columns):
+def read_csv(path, columns, hint="see the README for how to get the data"):
     """Read a CSV file whose columns must be exactly `columns`, the first of them a unique image_id.
 
-    Raises InputError naming the file and what is wrong with it.
+    Raises InputError naming the file and what is wrong with it; `hint`: what to do if it does not exist.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(
-            f"{path} does not exist"
-            + ("; see the README for how to get the data" if path.name != "soft_labels.csv" else "")
-        )
+        raise InputError(f"{path} does not exist; {hint}")
     try:
         frame = pd.read_csv(path, dtype={"image_id": str}, keep_default_na=True, encoding="utf-8-sig")
-    except (ValueError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
         raise InputError(f"{path} cannot be read as CSV: {error}") from error
     if list(frame.columns) != list(columns):
         raise InputError(f"{path}: its columns are {','.join(map(str, frame.columns))}, not {','.join(columns)}")
@@ -103,12 +101,12 @@ def read_test_ids(data_dir):
     return image_ids
 
 
-def read_probabilities(path, image_ids=None):
+def read_probabilities(path, image_ids=None, hint="run the step that writes it first"):
     """A CSV of class probabilities, DataFrame with image_id and four columns (float), joined to `image_ids` if given.
 
     Raises InputError for values outside 0…1, rows that do not sum to 1, and ids that are missing or extra.
     """
-    frame = read_csv(path, ("image_id", *CLASSES))
+    frame = read_csv(path, ("image_id", *CLASSES), hint)
     values = frame[list(CLASSES)].to_numpy()
     wrong = ((values < 0) | (values > 1)).any(1) | (np.abs(values.sum(1) - 1) > 1e-3)
     raise_all(
@@ -134,9 +132,13 @@ def load_photo(path, image_size):
 
     Raises InputError if the file is missing or no picture.
     """
-    photo = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    try:
+        content = np.fromfile(path, np.uint8)  # not imread: on Windows that fails for names beyond ASCII
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    photo = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
     if photo is None:
-        raise InputError(f"{path} " + ("cannot be decoded as a photo" if Path(path).is_file() else "does not exist"))
+        raise InputError(f"{path} cannot be decoded as a photo")
     if photo.shape[0] > photo.shape[1]:
         photo = cv2.transpose(photo)
     photo = cv2.resize(photo, (image_size[1], image_size[0]), interpolation=cv2.INTER_LINEAR)
@@ -180,10 +182,7 @@ def cache_images(name, image_ids, data_dir, image_size, cache_dir):
     height, width = image_size
     family = f"{sha256(str(images).encode()).hexdigest()[:8]}-{name}-{height}x{width}"
     cache = Path(cache_dir) / f"{family}-{key.hexdigest()[:16]}.npy"
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make {cache.parent}: {error.strerror}; choose another --cache_dir") from error
+    make_folder(cache.parent)
     with FileLock(cache.parent / f".{family}.lock"):  # a second process waits here, then finds the file
         if not cache.exists():
             with atomic_write(cache) as file, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -193,7 +192,8 @@ def cache_images(name, image_ids, data_dir, image_size, cache_dir):
                 for photo in tqdm(photos, total=len(paths), desc=f"decode {name} photos", unit="photo"):
                     file.write(photo)
             for stale in set(cache.parent.glob(f"{family}-*.npy")) - {cache}:
-                stale.unlink()
+                with suppress(PermissionError):  # Windows: a running process still reads it
+                    stale.unlink()
     return CachedImages(cache)
 
 
@@ -264,35 +264,35 @@ def normalise(images):
 
 
 class LeafDataset(Dataset):
-    """Photos, and their labels if known. Its keys are (draw, row): the draw is the epoch, or the pass of a TTA.
+    """Photos, and their labels if known. Its keys are (fold, draw, row): the draw is the epoch, or the pass of a TTA.
 
     images: indexable, row → uint8 (height, width, 3); labels: (n, 4) float or None. With `augmentation`, what a photo
     looks like depends on seed, fold, draw and image_id alone: not on the workers, nor on what was drawn before.
     """
 
-    def __init__(self, images, image_ids, labels=None, augmentation=None, seed=0, fold=0):
+    def __init__(self, images, image_ids, labels=None, augmentation=None, seed=0):
         self.images, self.labels = images, labels
         self.image_keys = [zlib.crc32(image_id.encode()) for image_id in image_ids]
-        self.augmentation, self.seed, self.fold = augmentation, seed, fold
+        self.augmentation, self.seed = augmentation, seed
 
     def __len__(self):
         return len(self.image_keys)
 
     def __getitem__(self, key):
-        draw, row = key
+        fold, draw, row = key
         image = self.images[row]
         if self.augmentation is not None:
-            seed = derive_seed(self.seed, self.fold, draw, self.image_keys[row])
+            seed = derive_seed(self.seed, fold, draw, self.image_keys[row])
             self.augmentation.set_random_state(np.random.default_rng(seed), random.Random(seed))
             image = self.augmentation(image=image)["image"]
-        sample = {"image": torch.from_numpy(np.array(image)), "row": row}
+        sample = {"image": torch.from_numpy(np.array(image)), "fold": fold, "row": row}
         if self.labels is not None:
             sample["label"] = torch.from_numpy(self.labels[row].astype(np.float32))
         return sample
 
 
 class EpochSampler(Sampler):
-    """The keys (epoch, row) of one epoch, shuffled by seed, fold and epoch, whole global batches only.
+    """The keys (fold, epoch, row) of one epoch, shuffled by seed, fold and epoch, whole global batches only.
 
     rows: the fold's training rows; batch_size: the global one. Each of `world_size` processes gets its share of every
     global batch. Lightning calls set_epoch.
@@ -312,16 +312,10 @@ class EpochSampler(Sampler):
         order = np.random.default_rng((self.seed, self.fold, self.epoch)).permutation(self.rows)
         whole = order[: len(order) // self.batch_size * self.batch_size]
         share = whole.reshape(-1, self.world_size, self.batch_size // self.world_size)[:, self.rank]
-        return iter([(self.epoch, int(row)) for row in share.ravel()])
+        return iter([(self.fold, self.epoch, int(row)) for row in share.ravel()])
 
 
 def make_loader(dataset, keys, batch_size, num_workers, pin_memory=False):
-    """A DataLoader over `keys`, a sampler or a list of (draw, row), that neither shuffles nor drops."""
-    return DataLoader(
-        dataset,
-        batch_size,
-        sampler=keys,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
-    )
+    """A DataLoader over `keys`, a sampler or a list of (fold, draw, row), that neither shuffles nor drops."""
+    workers = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
+    return DataLoader(dataset, batch_size, sampler=keys, pin_memory=pin_memory, **workers)

@@ -7,13 +7,13 @@ Writes  submission_distill.csv: each test photo, the mean of five networks x eig
 Expect  0.98422 public and 0.98135 private at Kaggle (published).
 """
 
-from models import predict_test
+from models import load_networks, predict_test
 from utils import build_parser, parse_args, prepare_prediction, say, write_csv
 
 
 def main(args):
-    checkpoints, device, precision = prepare_prediction(args)
-    submission = predict_test(args, checkpoints, device, precision)
+    checkpoints = prepare_prediction(args)
+    submission = predict_test(args, load_networks(args, checkpoints))
     write_csv("submission_distill.csv", submission)
     say(f"wrote submission_distill.csv: {len(submission)} rows")
 

@@ -11,23 +11,24 @@ Expect  the out-of-fold AUC; 0.97988 public and 0.98108 private at Kaggle for su
 import numpy as np
 
 from dataset import read_train_csv
-from models import predict_out_of_fold, predict_test
+from models import load_networks, predict_out_of_fold, predict_test
 from utils import CLASSES, build_parser, column_aucs, parse_args, prepare_prediction, read_folds, say, write_csv
 
 
 def main(args):
-    checkpoints, device, precision = prepare_prediction(args)
+    checkpoints = prepare_prediction(args)
     train = read_train_csv(args.data_dir)
     folds = read_folds(args.log_dir, train["image_id"])
+    networks = load_networks(args, checkpoints)
 
-    soft_labels = predict_out_of_fold(args, train, folds, checkpoints, device, precision)
+    soft_labels = predict_out_of_fold(args, train, folds, networks)
     write_csv("soft_labels.csv", soft_labels)
     known = train[train["image_id"].isin(soft_labels["image_id"])]
     aucs = dict(zip(CLASSES, column_aucs(known[list(CLASSES)], soft_labels[list(CLASSES)]), strict=True))
     each = ", ".join(f"{name} {auc:.4f}" for name, auc in aucs.items())
     say(f"wrote soft_labels.csv: out-of-fold AUC {np.nanmean(list(aucs.values())):.5f} ({each})")
 
-    submission = predict_test(args, checkpoints, device, precision)
+    submission = predict_test(args, networks)
     write_csv("submission.csv", submission)
     say(f"wrote submission.csv: {len(submission)} rows")
 

@@ -2,6 +2,8 @@
 
 import re
 import socket
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -12,19 +14,20 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pretrainedmodels.models.senet import SENet
+from pretrainedmodels.models.torchvision_models import update_state_dict as rename_densenet
 from torch import distributed, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset import (
     LeafDataset,
     cache_images,
-    make_loader,
     normalise,
     read_test_ids,
     train_augmentation,
 )
-from utils import CLASSES, TTA_DRAWS, InputError, mean_auc, say, sha256
+from utils import CLASSES, TTA_DRAWS, InputError, make_folder, mean_auc, say, sha256
 
 # The file's old home is in pretrainedmodels' settings; its certificate lapsed in 2022 and the host is often down.
 MIRRORS = {
@@ -37,6 +40,30 @@ DOWNLOAD_TIMEOUT = 30  # seconds without an answer until the next source is trie
 # ---------------------------------------------------------------------------------------------- the network
 
 
+@cache
+def count_feature_maps(backbone):
+    """How many maps a backbone of pretrainedmodels ends in, found without computing (on torch's meta device).
+
+    Raises InputError for a name that pretrainedmodels does not have, and for features that our head does not fit.
+    """
+    if backbone not in pretrainedmodels.model_names:
+        raise InputError(
+            f"--backbone {backbone}: pretrainedmodels has {', '.join(sorted(pretrainedmodels.model_names))}"
+        )
+    own_size = next(iter(pretrainedmodels.pretrained_settings[backbone].values()))["input_size"]
+    with torch.device("meta"):
+        network = pretrainedmodels.__dict__[backbone](num_classes=1000, pretrained=None)
+        classifier = getattr(network, "last_linear", None)
+        expected = getattr(classifier, "in_features", None) or getattr(classifier, "in_channels", None)
+        try:
+            shape = network.eval().features(torch.zeros(1, *own_size)).shape
+        except (AttributeError, RuntimeError):  # no features(), or one that ends in layers of a fixed size
+            shape = ()
+    if len(shape) != 4 or shape[1] != expected:
+        raise InputError(f"--backbone {backbone}: its features do not fit this head, which pools one map per channel")
+    return expected
+
+
 class LeafNet(nn.Module):
     """Backbone → global average pool → batch norm with a frozen bias → L2 normalisation → linear to four logits.
 
@@ -47,27 +74,12 @@ class LeafNet(nn.Module):
 
     def __init__(self, backbone="se_resnext50_32x4d"):
         super().__init__()
-        if backbone not in pretrainedmodels.model_names:
-            raise InputError(
-                f"--backbone {backbone}: pretrainedmodels has {', '.join(sorted(pretrainedmodels.model_names))}"
-            )
+        n_features = count_feature_maps(backbone)
         self.backbone = pretrainedmodels.__dict__[backbone](num_classes=1000, pretrained=None)
-        classifier = getattr(self.backbone, "last_linear", None)
-        n_features = getattr(classifier, "in_features", None) or getattr(classifier, "in_channels", None)
-        for unused in ("last_linear", "avg_pool", "avgpool", "dropout"):
+        self.backbone.aux_logits = False  # only Inception v3 has it: a second classifier, which we leave out
+        for unused in ("last_linear", "avg_pool", "avgpool", "dropout", "AuxLogits"):
             if isinstance(getattr(self.backbone, unused, None), nn.Module):
                 delattr(self.backbone, unused)
-        own_size = next(iter(pretrainedmodels.pretrained_settings[backbone].values()))["input_size"]
-        try:
-            with torch.no_grad():
-                shape = self.backbone.eval().features(torch.zeros(1, *own_size)).shape
-        except (AttributeError, RuntimeError):  # no features(), or one that ends in layers of a fixed size
-            shape = ()
-        self.train()
-        if len(shape) != 4 or shape[1] != n_features:
-            raise InputError(
-                f"--backbone {backbone}: its features do not fit this head, which pools one map per channel"
-            )
         self.bn = nn.BatchNorm1d(n_features)
         self.bn.bias.requires_grad_(False)
         self.fc = nn.Linear(n_features, len(CLASSES))
@@ -121,7 +133,7 @@ def find_weights(weights, backbone):
         if path.is_file():
             check_hash(path)
             return path
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     failures = []
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
@@ -151,10 +163,12 @@ def load_backbone_weights(network, path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"{path} cannot be loaded as weights: {str(error).splitlines()[0]}") from error
-    state = {name: value for name, value in state.items() if not name.startswith("last_linear.")}
     try:
+        state = rename_densenet(dict(state))  # its file has names of an older torchvision
+        classifiers = ("last_linear.", "fc.", "classifier.", "AuxLogits.")
+        state = {name: value for name, value in state.items() if not name.startswith(classifiers)}
         network.backbone.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} does not hold this backbone: {' '.join(str(error).split())[:300]}") from error
 
 
@@ -188,6 +202,7 @@ class LeafModule(pl.LightningModule):
             "lr_scheduler": {"scheduler": make_schedule(optimizer, self.lr_schedule), "interval": "epoch"},
         }
 
+    # Lightning's own clipping refuses a fused optimizer under bf16, for the sake of a loss scaler that is not there.
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         if gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
@@ -255,54 +270,74 @@ def fold_batch_norm(module):
         fold_batch_norm(child)
 
 
-def predict(network, loader, device, precision, title):
-    """Softmax of every image of a loader, in its order: float32 (n, 4), on the CPU. The one place that predicts."""
-    network = network.to(device)
-    dtype = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32}[precision]
+def load_networks(args, checkpoints):
+    """The networks of a log directory, dict of fold to LeafNet. checkpoints: DataFrame with fold and checkpoint."""
+    pairs = zip(checkpoints["fold"], checkpoints["checkpoint"], strict=True)
+    return {fold: load_network(Path(args.log_dir) / name, args.backbone) for fold, name in pairs}
+
+
+def predict(networks, dataset, keys, args, title):
+    """Softmax of each key (fold, draw, row) by the network of its fold: float32 (n, 4). The one place that predicts.
+
+    networks: dict of fold to LeafNet. All folds read through one loader: a batch is of one fold, and neighbouring keys
+    of one photo read it while it is in memory. The folds are spread over args.devices; nothing waits for a device
+    before the end, so that several of them compute at once.
+    """
+    batches = []
+    for _, run in groupby(keys, key=lambda key: key[0]):
+        run = list(run)
+        batches += [run[start : start + args.val_batch_size] for start in range(0, len(run), args.val_batch_size)]
+    pin = args.devices[0].type == "cuda"
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.num_workers, pin_memory=pin)
+    device_of = {fold: args.devices[i % len(args.devices)] for i, fold in enumerate(networks)}
+    networks = {fold: network.to(device_of[fold]) for fold, network in networks.items()}
+    dtype = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32}[args.precision]
     parts = []
-    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=precision != "32"):
+    with torch.inference_mode(), torch.autocast(args.devices[0].type, dtype, enabled=args.precision != "32"):
         for batch in tqdm(loader, desc=title, unit="batch", mininterval=1):
-            logits = network(normalise(batch["image"].to(device, non_blocking=True)))
-            parts.append(logits.float().softmax(1).cpu())
-    return torch.cat(parts).numpy()
+            fold = int(batch["fold"][0])
+            logits = networks[fold](normalise(batch["image"].to(device_of[fold], non_blocking=True)))
+            parts.append(logits.float().softmax(1))
+    return torch.cat([part.cpu() for part in parts]).numpy()
 
 
-def predict_test(args, checkpoints, device, precision):
+def predict_test(args, networks):
     """Test predictions with TTA: each fold's network sees every test photo 8 times under the training augmentation.
 
-    checkpoints: DataFrame with fold and checkpoint. Returns a DataFrame with image_id and the mean softmax of all
-    draws and folds, in the row order of sample_submission.csv. Raises InputError for a data set that does not fit.
+    networks: dict of fold to LeafNet. Returns a DataFrame with image_id and the mean softmax of all draws and folds,
+    in the row order of sample_submission.csv. Raises InputError for a data set that does not fit.
     """
     image_ids = read_test_ids(args.data_dir)
     images = cache_images("test", image_ids, args.data_dir, args.image_size, args.cache_dir)
-    keys = [(draw, row) for row in range(len(image_ids)) for draw in range(TTA_DRAWS)]
-    total = np.zeros((len(image_ids), len(CLASSES)))
-    for fold, checkpoint in zip(checkpoints["fold"], checkpoints["checkpoint"], strict=True):
-        dataset = LeafDataset(images, image_ids, augmentation=train_augmentation(), seed=args.seed, fold=fold)
-        loader = make_loader(dataset, keys, args.val_batch_size, args.num_workers, pin_memory=device.type == "cuda")
-        network = load_network(Path(args.log_dir) / checkpoint, args.backbone)
-        probabilities = predict(network, loader, device, precision, f"fold {fold}, test photos x {TTA_DRAWS}")
-        total += probabilities.reshape(len(image_ids), TTA_DRAWS, -1).mean(1, dtype=np.float64)
-    return pd.DataFrame(total / len(checkpoints), columns=list(CLASSES)).assign(image_id=image_ids)[
-        ["image_id", *CLASSES]
+    dataset = LeafDataset(images, image_ids, augmentation=train_augmentation(), seed=args.seed)
+    at_once = max(
+        1, args.val_batch_size // TTA_DRAWS
+    )  # photos that fill a batch; all networks see them before the next
+    keys = [
+        (fold, draw, row)
+        for start in range(0, len(image_ids), at_once)
+        for fold in networks
+        for row in range(start, min(start + at_once, len(image_ids)))
+        for draw in range(TTA_DRAWS)
     ]
+    probabilities = predict(networks, dataset, keys, args, f"test photos x {TTA_DRAWS} x {len(networks)}")
+    mean = np.zeros((len(image_ids), len(CLASSES)))
+    np.add.at(mean, [row for _, _, row in keys], probabilities)
+    mean /= len(networks) * TTA_DRAWS
+    return pd.DataFrame(mean, columns=list(CLASSES)).assign(image_id=image_ids)[["image_id", *CLASSES]]
 
 
-def predict_out_of_fold(args, train, folds, checkpoints, device, precision):
+def predict_out_of_fold(args, train, folds, networks):
     """Softmax of every training photo by the network that has not seen it, without augmentation.
 
-    train: DataFrame of train.csv; folds: int (n,), the fold of each row; checkpoints: DataFrame with fold and
-    checkpoint. Returns a DataFrame with image_id and four columns, in the row order of train.csv, the rows of those
-    checkpoints' folds only.
+    train: DataFrame of train.csv; folds: int (n,), the fold of each row; networks: dict of fold to LeafNet.
+    Returns a DataFrame with image_id and four columns, the rows of those folds in the order of train.csv.
     """
     images = cache_images("train", train["image_id"], args.data_dir, args.image_size, args.cache_dir)
+    keys = [(fold, 0, int(row)) for fold in networks for row in np.flatnonzero(folds == fold)]
     dataset = LeafDataset(images, train["image_id"])
-    soft_labels = train.astype(dict.fromkeys(CLASSES, np.float64))
-    for fold, checkpoint in zip(checkpoints["fold"], checkpoints["checkpoint"], strict=True):
-        rows = np.flatnonzero(folds == fold)
-        loader = make_loader(
-            dataset, [(0, int(row)) for row in rows], args.val_batch_size, args.num_workers, device == "cuda"
-        )
-        network = load_network(Path(args.log_dir) / checkpoint, args.backbone)
-        soft_labels.loc[rows, list(CLASSES)] = predict(network, loader, device, precision, f"fold {fold}, out-of-fold")
-    return soft_labels[np.isin(folds, checkpoints["fold"])]
+    probabilities = predict(networks, dataset, keys, args, "out-of-fold")
+    soft_labels = pd.DataFrame(
+        probabilities.astype(np.float64), columns=list(CLASSES), index=[row for _, _, row in keys]
+    )
+    return soft_labels.sort_index().join(train["image_id"])[["image_id", *CLASSES]]

@@ -8,8 +8,9 @@ Writes  LOG_DIR: hparams.yaml, folds.csv, the six best checkpoints of each fold,
 Expect  a progress bar an epoch; 70 epochs a fold. A fold that is finished is not trained again.
 """
 
+import os
 import re
-import subprocess
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils.tensorboard import SummaryWriter
 
 from dataset import (
@@ -43,22 +47,24 @@ from utils import (
     build_parser,
     choose_device,
     choose_precision,
+    collect_results,
     column_aucs,
     derive_seed,
     finish_fold,
+    is_finished,
     is_first_process,
-    is_worker_process,
+    is_one_of_several_processes,
     parse_args,
     quiet_libraries,
-    read_results,
     remove_fold,
-    result_path,
     say,
     sha256,
     split_folds,
     start_run,
     write_csv,
 )
+
+LAUNCHED = "PLANT_PATHOLOGY_LAUNCHED"  # set for the processes that train.py itself has started
 
 
 @dataclass
@@ -87,6 +93,13 @@ class EpochLog(pl.Callback):
         self.path = Path(log_dir) / "metrics" / f"fold={fold}.csv"
         self.rows = []
 
+    def on_fit_start(self, trainer, module):
+        self.board = SummaryWriter(self.path.with_suffix("")) if trainer.is_global_zero else None
+
+    def on_fit_end(self, trainer, module):
+        if trainer.is_global_zero:
+            self.board.close()
+
     def on_train_epoch_start(self, trainer, module):
         self.started = time.perf_counter()
         self.lr = trainer.optimizers[0].param_groups[0]["lr"]
@@ -103,9 +116,9 @@ class EpochLog(pl.Callback):
         )
         if trainer.is_global_zero:
             write_csv(self.path, pd.DataFrame(self.rows))
-            with SummaryWriter(self.path.with_suffix("")) as board:
-                for name in ("lr", *metrics):
-                    board.add_scalar(name, self.rows[-1][name], trainer.current_epoch)
+            for name in ("lr", *metrics):
+                self.board.add_scalar(name, self.rows[-1][name], trainer.current_epoch)
+            self.board.flush()
 
 
 def train_fold(args, fold, data, weights, device, indices):
@@ -146,10 +159,10 @@ def train_fold(args, fold, data, weights, device, indices):
 
     rank, world_size, pin = trainer.global_rank, trainer.world_size, device == "cuda"
     train_rows, val_rows = np.flatnonzero(data.folds != fold), np.flatnonzero(data.folds == fold)
-    train_set = LeafDataset(data.images, data.image_ids, data.labels, train_augmentation(), args.seed, fold)
+    train_set = LeafDataset(data.images, data.image_ids, data.labels, train_augmentation(), args.seed)
     val_set = LeafDataset(data.images, data.image_ids, data.hard_labels)
     sampler = EpochSampler(train_rows, args.train_batch_size, args.seed, fold, rank, world_size)
-    val_keys = [(0, int(row)) for row in val_rows[rank::world_size]]
+    val_keys = [(fold, 0, int(row)) for row in val_rows[rank::world_size]]
     per_step = args.train_batch_size // world_size // args.accumulate_grad_batches
     say(f"fold {fold}: {len(train_rows)} photos to train on, {len(val_rows)} to validate")
     trainer.fit(
@@ -191,18 +204,38 @@ def read_training_data(args, n_devices):
     return TrainingData(train["image_id"], folds, hard_labels, labels, images)
 
 
-def fingerprint_inputs(args, weights):
+def fingerprint_inputs(args, data, weights):
     """SHA-256 of everything that the result depends on beside the options: dict of name to digest."""
     inputs = {name: Path(__file__).parent / name for name in SOURCES}
-    inputs |= {"train.csv": Path(args.data_dir) / "train.csv", "weights": weights}
+    inputs |= {"train.csv": Path(args.data_dir) / "train.csv", "the photos": data.images.path, "weights": weights}
     inputs["soft labels"] = args.soft_labels_filename
     return {name: sha256(path) for name, path in inputs.items() if path is not None}
 
 
 def launch_processes(n):
-    """Run this command again as one process a device, by torchrun, which ends them all when one dies; then exit."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *sys.argv]
-    raise SystemExit(subprocess.call(command))
+    """Run this command again as one process a device, by torch's own launcher, which ends them all when one dies."""
+    os.environ[LAUNCHED] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // n)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=n,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=str(os.getpid()),
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*sys.argv)
+    except ChildFailedError as error:  # the process has said why; its siblings are ended
+        raise SystemExit(1) from error
+
+
+def smaller_parts(args, n_devices):
+    """The next larger --accumulate_grad_batches that splits the batch into equal parts of 2 or more, or None."""
+    of_device = args.train_batch_size // n_devices
+    larger = range(args.accumulate_grad_batches + 1, of_device // 2 + 1)
+    return next((parts for parts in larger if of_device % parts == 0), None)
 
 
 def main(args):
@@ -212,29 +245,34 @@ def main(args):
     data = read_training_data(args, len(indices))
     weights = find_weights(args.weights, args.backbone)
 
-    if not is_worker_process():
+    if LAUNCHED not in os.environ and is_first_process():
         devices = f"{len(indices)} x {device}"
-        start_run(args, data.image_ids, data.folds, fingerprint_inputs(args, weights), devices, args.fresh)
+        start_run(args, data.image_ids, data.folds, fingerprint_inputs(args, data, weights), devices, args.fresh)
         say(f"{args.backbone} from {weights or 'scratch'}, {devices}, precision {args.precision}")
-        if len(indices) > 1:
-            launch_processes(len(indices))
+    if len(indices) > 1 and not is_one_of_several_processes():
+        return launch_processes(len(indices))
 
     for fold in args.folds:
-        if result_path(args.log_dir, fold).exists():
+        if is_finished(args.log_dir, fold):
             say(f"fold {fold} is finished already")
             continue
         if is_first_process():
             remove_fold(args.log_dir, fold)
         try:
             train_fold(args, fold, data, weights, device, indices)
+        except SIGTERMException as error:  # Lightning's, which would end the process with status 0
+            raise SystemExit(128 + signal.SIGTERM) from error
         except torch.OutOfMemoryError as error:
-            parts = args.accumulate_grad_batches * 2
-            raise InputError(
-                f"the GPU's memory is too small for this batch ({str(error).splitlines()[0]}). Type "
+            parts = smaller_parts(args, len(indices))
+            advice = (
                 f"--accumulate_grad_batches {parts}: the same {args.train_batch_size} photos a step, in {parts} parts"
+            )
+            raise InputError(
+                f"the GPU's memory is too small ({str(error).splitlines()[0]}). Type "
+                + (advice if parts else "a smaller --image_size: the batch cannot be split further")
             ) from error
     if is_first_process():
-        print(read_results(args.log_dir, args.folds).to_string(index=False))
+        print(collect_results(args.log_dir).to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
+from filelock import FileLock
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import KFold
 
@@ -26,6 +27,7 @@ SOURCES = ("train.py", "models.py", "dataset.py", "utils.py")  # what a training
 # Options that change no result by themselves: what they name is compared by its content, or not at all.
 FREE_OPTIONS = {"folds", "num_workers", "cache_dir", "val_batch_size", "data_dir", "log_dir", "gpus", "cpu_processes"}
 FREE_OPTIONS |= {"weights", "soft_labels_filename"}
+FOLDERS = ("data_dir", "cache_dir")
 
 
 class InputError(SystemExit):
@@ -51,8 +53,15 @@ def positive(text):
 
 def not_negative(text):
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 4294967295")
+    return value
+
+
+def finite(text):
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
 
 
@@ -130,7 +139,7 @@ def build_parser(doc, log_dir="logs"):
         default="cosine",
         help="cosine restarts, or the write-up's triangles",
     )
-    group.add_argument("--gradient_clip_val", type=float, default=1.0, help="largest norm of a gradient")
+    group.add_argument("--gradient_clip_val", type=finite, default=1.0, help="largest norm of a gradient")
 
     group = parser.add_argument_group("what it runs on")
     group.add_argument(
@@ -209,9 +218,9 @@ def choose_precision(precision, device):
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "32"
 
 
-def is_worker_process():
-    """Whether torchrun started this process as one of several."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+def is_one_of_several_processes():
+    """Whether torchrun or SLURM started this process as one of several."""
+    return "LOCAL_RANK" in os.environ
 
 
 def is_first_process():
@@ -223,6 +232,7 @@ def quiet_libraries():
     """Silence what Lightning and albumentations say about settings that we made on purpose."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what we log is the same on all devices
     warnings.filterwarnings("ignore", message=".*`lr_scheduler.step.. before `optimizer.step.*")
     warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than the logging interval.*")
 
@@ -268,8 +278,10 @@ def column_aucs(labels, probabilities):
 def mean_auc(labels, probabilities):
     """Mean column-wise ROC AUC, the competition's metric, over the classes for which it is defined.
 
-    Raises InputError if it is defined for none: one class only, there is nothing to rank.
+    Raises InputError if it is defined for none (one class only, there is nothing to rank), or if there is a nan.
     """
+    if not np.isfinite(probabilities).all():
+        raise InputError("the network predicts nan: its training has diverged; a smaller --gradient_clip_val may help")
     aucs = column_aucs(labels, probabilities)
     if np.isnan(aucs).all():
         raise InputError("the ROC AUC is undefined: all photos are of one class")
@@ -329,39 +341,52 @@ def start_run(args, image_ids, folds, fingerprints, devices, fresh=False):
     """Write hparams.yaml and folds.csv of a new run, or compare with the run that is there already.
 
     image_ids, folds: the rows of train.csv and their folds; fingerprints: dict of input name to SHA-256; devices: text.
+    `fresh` deletes what the folds of args have left, once nothing speaks against the start.
     Raises InputError if the log directory holds a run with other options, inputs or source files.
     """
     log_dir = Path(args.log_dir)
     options = {name: value for name, value in vars(args).items() if name not in ("typed", "fresh")}
-    options["data_dir"] = os.path.abspath(args.data_dir)  # the later steps may run in another folder
+    options |= {name: os.path.abspath(options[name]) for name in FOLDERS}  # the later steps may run in another folder
     options["devices"] = devices
-    record = {"options": options, "fingerprints": fingerprints}
+    path = log_dir / "hparams.yaml"
+    stays = [f for f in range(N_FOLDS) if any(log_dir.glob(f"fold={f}-*.ckpt")) and not (fresh and f in args.folds)]
+    make_folder(log_dir)
+    with FileLock(log_dir / ".hparams.lock"):
+        if path.exists() and stays:
+            changes = list_changes(read_hparams(log_dir), options, fingerprints)
+            if changes:
+                raise InputError(
+                    f"{log_dir} holds folds that were trained differently: {'; '.join(changes)}. "
+                    f"Use another --log_dir, or train all anew with --fresh --folds {' '.join(map(str, range(N_FOLDS)))}"
+                )
+        else:
+            with atomic_write(path, "w") as file:
+                yaml.safe_dump({"options": options, "fingerprints": fingerprints}, file, sort_keys=False)
+            write_csv(log_dir / "folds.csv", pd.DataFrame({"image_id": image_ids, "fold": folds}))
     if fresh:
         for fold in args.folds:
             remove_fold(log_dir, fold)
-        if not any(log_dir.glob("fold=*.ckpt")):
-            (log_dir / "hparams.yaml").unlink(missing_ok=True)
-    path = log_dir / "hparams.yaml"
-    if path.exists():
-        before = read_hparams(log_dir)
-        changes = [
-            f"{name} was {before['options'].get(name)}, is {value}"
-            for name, value in options.items()
-            if name not in FREE_OPTIONS and before["options"].get(name) != value
-        ]
-        names = sorted(fingerprints.keys() | before["fingerprints"].keys())
-        changes += [
-            f"{name} has changed" for name in names if before["fingerprints"].get(name) != fingerprints.get(name)
-        ]
-        if changes:
-            raise InputError(
-                f"{log_dir} holds a training that was started differently: {'; '.join(changes)}. "
-                "Use another --log_dir, or --fresh with all its folds to train them anew"
-            )
-    else:
-        with atomic_write(path, "w") as file:
-            yaml.safe_dump(record, file, sort_keys=False)
-    write_csv(log_dir / "folds.csv", pd.DataFrame({"image_id": image_ids, "fold": folds}))
+
+
+def list_changes(before, options, fingerprints):
+    """What differs between the record of a run and a new start, as texts, but for options that change no result."""
+    changes = [
+        f"{name} was {before['options'].get(name)}, is {value}"
+        for name, value in options.items()
+        if name not in FREE_OPTIONS and before["options"].get(name) != value
+    ]
+    names = sorted(fingerprints.keys() | before["fingerprints"].keys())
+    return changes + [
+        f"{name} has changed" for name in names if before["fingerprints"].get(name) != fingerprints.get(name)
+    ]
+
+
+def make_folder(path):
+    """Make a folder and those above it. Raises InputError if that is not possible."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {path}: {error.strerror}") from error
 
 
 def remove_fold(log_dir, fold):
@@ -380,9 +405,12 @@ def read_hparams(log_dir):
     path = Path(log_dir) / "hparams.yaml"
     if not path.exists():
         raise InputError(f"{path} is missing: train first, or name the log directory with --log_dir")
-    record = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        record = None
     if not isinstance(record, dict) or not {"options", "fingerprints"} <= set(record):
-        raise InputError(f"{path} is not what train.py writes")
+        raise InputError(f"{path} is damaged: not what train.py writes")
     return record
 
 
@@ -392,48 +420,53 @@ def result_path(log_dir, fold):
 
 
 def finish_fold(log_dir, fold, epoch, val_loss, val_roc_auc, checkpoint):
-    """Record a finished fold (checkpoint: its best one's file name), then put results.csv together from all there are."""
+    """Record the result of a finished fold, then put results.csv together from all; checkpoint: its best one's name."""
     result = {"fold": fold, "epoch": epoch, "val_loss": val_loss, "val_roc_auc": val_roc_auc, "checkpoint": checkpoint}
     write_csv(result_path(log_dir, fold), pd.DataFrame([result]))
+    collect_results(log_dir)
+
+
+def is_finished(log_dir, fold):
+    """Whether a fold has a result and the checkpoint that it names."""
+    path = result_path(log_dir, fold)
+    return path.exists() and (Path(log_dir) / pd.read_csv(path)["checkpoint"][0]).exists()
+
+
+def collect_results(log_dir):
+    """The results of all finished folds, DataFrame, a row a fold; also written as results.csv, for people."""
     paths = [result_path(log_dir, fold) for fold in range(N_FOLDS)]
-    write_csv(Path(log_dir) / "results.csv", pd.concat([pd.read_csv(path) for path in paths if path.exists()]))
+    results = pd.concat([pd.read_csv(path) for path in paths if path.exists()], ignore_index=True)
+    write_csv(Path(log_dir) / "results.csv", results)
+    return results
 
 
-def read_results(log_dir, folds=tuple(range(N_FOLDS))):
+def read_results(log_dir, folds):
     """The best checkpoint of each fold: DataFrame (fold, epoch, val_loss, val_roc_auc, checkpoint), a row a fold.
 
     Raises InputError, naming what is missing, unless every one of `folds` is finished and its checkpoint is there.
     """
-    path = Path(log_dir) / "results.csv"
-    results = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["fold", "checkpoint"])
-    missing = sorted(set(folds) - set(results["fold"]))
+    missing = [fold for fold in folds if not is_finished(log_dir, fold)]
     if missing:
-        raise InputError(f"{log_dir}: no result of fold {', '.join(map(str, missing))}; run train.py for them first")
-    results = results[results["fold"].isin(folds)].sort_values("fold").reset_index(drop=True)
-    for name in results["checkpoint"]:
-        if not (Path(log_dir) / name).exists():
-            raise InputError(f"{Path(log_dir) / name} is missing, though results.csv names it")
-    return results
+        folds = " ".join(map(str, missing))
+        raise InputError(f"{log_dir}: fold {folds} has no result and checkpoint; run train.py --folds {folds} first")
+    return pd.concat([pd.read_csv(result_path(log_dir, fold)) for fold in folds], ignore_index=True)
 
 
 def adopt_run_options(args):
-    """Take what log_dir was trained with for all options that were not typed; return the record of the run.
+    """Take from the record of log_dir what was not typed: image size, backbone, data, …
 
-    Raises InputError if a typed option contradicts it. Options that change no result, and precision, are free.
+    Raises InputError if a typed option contradicts what was trained. Options that change no result are free.
     """
-    record = read_hparams(args.log_dir)
-    for name, value in record["options"].items():
-        if name == "data_dir":
-            args.data_dir = args.data_dir if "data_dir" in args.typed else value
+    for name, value in read_hparams(args.log_dir)["options"].items():
+        if name in FOLDERS:
+            setattr(args, name, getattr(args, name) if name in args.typed else value)
         elif name in FREE_OPTIONS | {"precision", "accumulate_grad_batches", "devices"}:
             continue
         elif name in args.typed and getattr(args, name) != value:
-            raise InputError(
-                f"--{name} {getattr(args, name)}: {args.log_dir} was trained with {value}; leave the option out"
-            )
+            was = " ".join(map(str, value)) if isinstance(value, list) else value
+            raise InputError(f"{args.log_dir} was trained with --{name} {was}: leave the option out")
         else:
             setattr(args, name, value)
-    return record
 
 
 def read_folds(log_dir, image_ids):
@@ -452,19 +485,23 @@ def read_folds(log_dir, image_ids):
 def prepare_prediction(args):
     """What steps 2 and 4 begin with: adopt the run's options, find and name the best checkpoint of each fold.
 
-    Returns (checkpoints DataFrame, torch.device, precision). Raises InputError for a log directory that is not complete.
+    Sets args.devices (list of torch.device) and args.precision; returns the checkpoints, DataFrame with fold and
+    checkpoint. Raises InputError for a log directory that is not complete.
     """
     quiet_libraries()
     adopt_run_options(args)
     checkpoints = read_results(args.log_dir, args.folds)
-    device, indices = choose_device(args.gpus)
-    precision = choose_precision(args.precision, device)
-    device = torch.device(device, indices[0])
-    say(f"{args.backbone} on {device}, precision {precision}; from {args.log_dir}:")
+    if args.cpu_processes > 1:
+        raise InputError("--cpu_processes is for training; prediction uses all cores anyway")
+    kind, indices = choose_device(args.gpus)
+    args.precision = choose_precision(args.precision, kind)
+    args.devices = [torch.device(kind, index) for index in indices]
+    say(f"{args.backbone} on {len(indices)} x {kind}, precision {args.precision}; from {args.log_dir}:")
     print(checkpoints.to_string(index=False), flush=True)
-    return checkpoints, device, precision
+    return checkpoints
 
 
 def say(message):
-    """Print at once, with the time of day: what a log of hours is read by."""
-    print(f"[{time.strftime('%H:%M:%S')}] {message}", flush=True)
+    """Print at once, with the time of day: what a log of hours is read by. Only the first process speaks."""
+    if is_first_process():
+        print(f"[{time.strftime('%H:%M:%S')}] {message}", flush=True)

@@ -29,8 +29,8 @@ def run_script(script, *arguments, cwd, check=True, **environment):
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory):
-    """A rendered data set of 40 labelled and 12 unlabelled photos in the competition's layout."""
+    """A rendered data set of 41 labelled and 12 unlabelled photos in the competition's layout."""
     folder = tmp_path_factory.mktemp("data") / "sample"
-    size = ["--n_train", 40, "--n_test", 12, "--photo_size", 96, 144]
+    size = ["--n_train", 41, "--n_test", 12, "--photo_size", 96, 144]
     run_script("tools.generate_sample_data", "--out", folder, *size, cwd=folder.parent)
     return folder

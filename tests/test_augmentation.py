@@ -203,13 +203,13 @@ def test_a_photo_is_augmented_by_seed_fold_epoch_and_id_alone():
     images = [noise_image(seed=i) for i in range(3)]
 
     def view(epoch, row, seed=1, fold=2, ids=("a", "b", "c"), before=()):
-        dataset = LeafDataset(images, ids, augmentation=train_augmentation(), seed=seed, fold=fold)
+        dataset = LeafDataset(images, ids, augmentation=train_augmentation(), seed=seed)
         for key in before:
             dataset[key]
-        return dataset[epoch, row]["image"].numpy()
+        return dataset[fold, epoch, row]["image"].numpy()
 
     same = view(4, 1)
-    np.testing.assert_array_equal(same, view(4, 1, before=[(0, 0), (4, 2), (4, 1)]))
+    np.testing.assert_array_equal(same, view(4, 1, before=[(0, 0, 0), (2, 4, 2), (2, 4, 1)]))
     np.testing.assert_array_equal(same, view(4, 1, ids=("x", "b", "y")))
     for other in (view(5, 1), view(4, 1, seed=2), view(4, 1, fold=3), view(4, 1, ids=("a", "other", "c"))):
         assert not np.array_equal(same, other)

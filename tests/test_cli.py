@@ -44,6 +44,9 @@ def test_the_originals_names_and_short_options():
         "--folds 5",
         "--seed -1",
         "--precision fp16",
+        "--gradient_clip_val -1",
+        "--gradient_clip_val nan",
+        "--seed 5000000000",
         "-t 8",
         "-tb 8",
         "extra",
@@ -103,4 +106,7 @@ def test_an_out_of_memory_error_says_what_to_type(sample, tmp_path, monkeypatch)
     parser.add_argument("--fresh", action="store_true")
     options = f"--data_dir {sample} --weights none --image_size 32 64 --train_batch_size 8 --accumulate_grad_batches 2"
     with pytest.raises(InputError, match="Type --accumulate_grad_batches 4: the same 8 photos a step, in 4 parts"):
+        train.main(parse_args(parser, options.split()))
+    options = options.replace("batches 2", "batches 4")  # the advice, taken, is not refused; there is no further split
+    with pytest.raises(InputError, match="a smaller --image_size"):
         train.main(parse_args(parser, options.split()))

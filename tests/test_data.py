@@ -192,12 +192,12 @@ def test_an_epoch_is_a_permutation_in_whole_batches_that_depends_on_seed_fold_an
         return list(sampler)
 
     keys = epoch(3)
-    assert len(keys) == 32 and {draw for draw, _ in keys} == {3}
-    assert len({row for _, row in keys}) == 32 and {row for _, row in keys} <= set(rows)
+    assert len(keys) == 32 and {(fold, draw) for fold, draw, _ in keys} == {(0, 3)}
+    assert len({row for _, _, row in keys}) == 32 and {row for _, _, row in keys} <= set(rows)
     assert keys == epoch(3)
-    order = [row for _, row in keys]
+    order = [row for _, _, row in keys]
     for other in (epoch(4), epoch(3, seed=2), epoch(3, fold=1)):
-        assert [row for _, row in other] != order
+        assert [row for _, _, row in other] != order
 
 
 def test_two_processes_share_each_global_batch():
@@ -213,10 +213,8 @@ def test_batches_do_not_depend_on_the_workers_forked_or_spawned(photos, workers,
     if context not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system cannot {context}")
     images = build(photos)
-    data = LeafDataset(
-        images, [f"Train_{i}" for i in range(6)], np.eye(4)[[0, 1, 2, 3, 0, 1]], train_augmentation(), 1, 0
-    )
-    keys = [(draw, row) for draw in range(2) for row in range(6)]
+    data = LeafDataset(images, [f"Train_{i}" for i in range(6)], np.eye(4)[[0, 1, 2, 3, 0, 1]], train_augmentation(), 1)
+    keys = [(3, draw, row) for draw in range(2) for row in range(6)]
     expected = list(make_loader(data, keys, 4, 0))
     found = list(DataLoader(data, 4, sampler=keys, num_workers=workers, multiprocessing_context=context))
     for one, two in zip(expected, found, strict=True):

@@ -6,6 +6,7 @@ Reads   demo/: sample/, logs/ (run `make demo` first; matplotlib is in requireme
 Writes  docs/schedule.png, docs/augmentations.png, docs/tta.png.
 """
 
+import argparse
 import random
 
 import matplotlib
@@ -18,7 +19,7 @@ import torch
 from dataset import LeafDataset, load_photo, normalise, read_test_ids, read_train_csv, train_augmentation
 from models import load_network, make_schedule
 from tools.demo import FOLDER, REPO
-from utils import CLASSES, TTA_DRAWS, read_hparams, read_results
+from utils import CLASSES, TTA_DRAWS, HelpFormatter, read_hparams, read_results
 
 DOCS = REPO / "docs"
 SIZE = (256, 384)  # the sample's own, so that nothing is blurred by resizing
@@ -85,12 +86,12 @@ def tta_pictures():
     options = read_hparams(log_dir)["options"]
     image_id = read_test_ids(FOLDER / "sample")[4]
     path = FOLDER / "sample" / "images" / f"{image_id}.jpg"
-    arguments = {"augmentation": train_augmentation(), "seed": options["seed"], "fold": 0}
+    arguments = {"augmentation": train_augmentation(), "seed": options["seed"]}
     seen = LeafDataset([load_photo(path, options["image_size"])], [image_id], **arguments)
     shown = LeafDataset([load_photo(path, SIZE)], [image_id], **arguments)
     network = load_network(log_dir / read_results(log_dir, [0])["checkpoint"][0], options["backbone"])
     with torch.no_grad():
-        views = torch.stack([seen[draw, 0]["image"] for draw in range(TTA_DRAWS)])
+        views = torch.stack([seen[0, draw, 0]["image"] for draw in range(TTA_DRAWS)])
         probabilities = network(normalise(views)).softmax(1).numpy()
 
     def caption(values):
@@ -98,11 +99,12 @@ def tta_pictures():
 
     pictures = [(f"{image_id}: mean of the eight\n{caption(probabilities.mean(0))}", load_photo(path, SIZE))]
     for draw in range(TTA_DRAWS):
-        pictures.append((f"view {draw + 1}\n{caption(probabilities[draw])}", shown[draw, 0]["image"].numpy()))
+        pictures.append((f"view {draw + 1}\n{caption(probabilities[draw])}", shown[0, draw, 0]["image"].numpy()))
     return pictures
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args()
     DOCS.mkdir(exist_ok=True)
     draw_schedule(DOCS / "schedule.png")
     train = read_train_csv(FOLDER / "sample")

@@ -1,0 +1,97 @@
+"""One fold's training, step by step: the optimizer, clipping, batches, epochs, and which checkpoints are kept."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import models
+import train
+from dataset import LeafDataset
+from utils import build_parser, parse_args, split_folds
+
+AUCS = [0.50, 0.80, 0.70, 0.95, 0.60, 0.90, 0.85, 0.75]  # scripted: the best of these eight epochs is the fourth
+
+
+@pytest.fixture
+def watched(monkeypatch, tmp_path):
+    """Train fold 1 of 20 noise photos for eight epochs with scripted AUCs; returns what was seen on the way."""
+    seen = {"keys": [], "batches": [], "norms": []}
+    item, step = LeafDataset.__getitem__, torch.optim.Adam.step
+
+    def watch_item(self, key):
+        seen["keys"].append(key)
+        sample = item(self, key)
+        return sample
+
+    def watch_step(self, *arguments, **options):
+        closure = arguments[0] if arguments else options.pop("closure", None)
+        closure()  # Lightning computes loss and gradients here, and clips them
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        seen["norms"].append(torch.stack([g.norm() for g in gradients]).norm().item())
+        seen["defaults"] = self.defaults
+        seen["fold bias trained"] = any(
+            p.shape == (2048,) and p.grad is None for g in self.param_groups for p in g["params"]
+        )
+        return step(self, **options)
+
+    training_step = models.LeafModule.training_step
+
+    def watch_batch(self, batch, batch_idx):
+        seen["batches"].append(len(batch["row"]))
+        return training_step(self, batch, batch_idx)
+
+    def run(*options):
+        aucs = iter(AUCS)
+        monkeypatch.setattr(models, "mean_auc", lambda labels, probabilities: next(aucs))
+        monkeypatch.setattr(LeafDataset, "__getitem__", watch_item)
+        monkeypatch.setattr(torch.optim.Adam, "step", watch_step)
+        monkeypatch.setattr(models.LeafModule, "training_step", watch_batch)
+        arguments = f"--log_dir {tmp_path} --max_epochs 8 --train_batch_size 8 --num_workers 0 --precision 32".split()
+        args = parse_args(build_parser(""), [*arguments, *options])
+        photos = np.random.default_rng(0).integers(0, 256, (20, 32, 64, 3), dtype=np.uint8)
+        labels = np.eye(4, dtype=np.float32)[np.arange(20) % 4]
+        ids = pd.Series([f"Train_{i}" for i in range(20)])
+        data = train.TrainingData(ids, split_folds(20, args.seed), labels, labels, photos)
+        train.train_fold(args, 1, data, None, "cpu", [0])
+        return data, seen
+
+    return run
+
+
+def test_the_best_six_checkpoints_are_kept_and_the_best_is_used(watched, tmp_path):
+    data, seen = watched()
+    kept = sorted(path.name for path in tmp_path.glob("*.ckpt"))
+    expected = [epoch for epoch, auc in enumerate(AUCS) if auc in sorted(AUCS)[2:]]
+    assert [int(name.split("-")[1].removeprefix("epoch=")) for name in kept] == expected
+    result = pd.read_csv(tmp_path / "results.csv")
+    assert result["checkpoint"].tolist() == [name for name in kept if "val_roc_auc=0.9500" in name]
+    assert (result["epoch"][0], result["val_roc_auc"][0]) == (3, 0.95)
+
+    # 16 photos to train on: two batches of 8 an epoch, in every epoch all of them, in another order
+    train_rows = np.flatnonzero(data.folds != 1).tolist()
+    orders = [[row for fold, draw, row in seen["keys"] if row in train_rows and draw == epoch] for epoch in range(8)]
+    assert all(sorted(order) == train_rows for order in orders[1:])
+    assert len({tuple(order) for order in orders}) == 8
+    assert seen["batches"] == [8] * 16
+
+    # Adam as the original's, and no gradient longer than 1, though they would be
+    assert {name: seen["defaults"][name] for name in ("lr", "betas", "weight_decay")} == {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "weight_decay": 0,
+    }
+    assert max(seen["norms"]) == pytest.approx(1, abs=1e-4) and not seen["fold bias trained"]
+
+    metrics = pd.read_csv(tmp_path / "metrics" / "fold=1.csv")
+    assert metrics["epoch"].tolist() == list(range(8)) and metrics["val_roc_auc"].tolist() == AUCS
+
+
+def test_accumulation_splits_the_same_batch_into_parts(watched):
+    _, seen = watched("--accumulate_grad_batches", "2", "--max_epochs", "2")
+    assert seen["batches"] == [4] * 8 and len(seen["norms"]) == 4
+
+
+def test_gradients_are_clipped_at_the_norm_asked_for(watched):
+    _, seen = watched("--gradient_clip_val", "0.25", "--max_epochs", "1")
+    assert seen["norms"] == pytest.approx([0.25] * 2, abs=1e-4)
