@@ -1,6 +1,8 @@
 """ImageNet weights: where they come from, in which order, and what is said when they cannot be had."""
 
 import hashlib
+import re
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -73,6 +75,20 @@ def test_the_first_host_down_the_second_answers(host, tmp_path):
     assert len(Host.requests) == 2
 
 
+@pytest.mark.parametrize("fault", ["refuses", "hangs"])
+def test_a_first_host_that_refuses_or_hangs_does_not_keep_the_second_from_answering(host, monkeypatch, fault):
+    host("good", "good")
+    urls = models.weight_sources(BACKBONE)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        if fault == "hangs":
+            silent.listen()  # takes the connection and never answers
+        urls[0] = f"http://127.0.0.1:{silent.getsockname()[1]}/net0-{DIGEST}.pth"
+        monkeypatch.setattr(models, "DOWNLOAD_TIMEOUT", 0.5)
+        assert find_weights("imagenet", BACKBONE).name == f"net1-{DIGEST}.pth"
+    assert socket.getdefaulttimeout() is None
+
+
 @pytest.mark.parametrize("fault", ["wrong", "truncated"])
 def test_a_download_that_is_not_what_its_name_promises_is_thrown_away(host, tmp_path, fault):
     host(fault, "good")
@@ -130,10 +146,22 @@ def test_a_file_given_by_hand_fills_the_backbone_and_leaves_the_head(tmp_path):
         torch.testing.assert_close(network.eval().backbone.features(images), original.eval().features(images))
     torch.testing.assert_close(network.fc.weight, head)
 
+    for backbone in ("densenet121", "inceptionv3"):  # other names for the classifier, and older ones for the layers
+        theirs = pretrainedmodels.__dict__[backbone](num_classes=1000, pretrained=None)
+        classifier = "classifier" if backbone == "densenet121" else "fc"
+        state = {name.replace("last_linear", classifier): value for name, value in theirs.state_dict().items()}
+        state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+        state = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): value for name, value in state.items()}
+        torch.save(state, tmp_path / "other.pth")
+        load_backbone_weights(LeafNet(backbone), tmp_path / "other.pth")
+
     incomplete = dict(list(original.state_dict().items())[5:])
     torch.save(incomplete, tmp_path / "incomplete.pth")
     with pytest.raises(InputError, match="does not hold this backbone"):
         load_backbone_weights(LeafNet(), tmp_path / "incomplete.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(InputError, match="does not hold this backbone"):
+        load_backbone_weights(LeafNet(), tmp_path / "list.pth")
     (tmp_path / "noise.pth").write_bytes(CONTENT)
     with pytest.raises(InputError, match="cannot be loaded as weights"):
         load_backbone_weights(LeafNet(), tmp_path / "noise.pth")
