@@ -68,103 +68,37 @@ def finite(text):
 def build_parser(doc, log_dir="logs"):
     """The one command line of the pipeline; `doc` is the script's docstring, `log_dir` its default log directory."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+    size = {"type": positive, "nargs": 2, "metavar": ("H", "W")}
+    folds = {"type": int, "nargs": "+", "choices": range(N_FOLDS)}
+    gpus = {"type": not_negative, "nargs": "+", "metavar": "GPU"}
+    workers = min(8, os.cpu_count())
 
-    group = parser.add_argument_group("files")
-    group.add_argument(
-        "--data_dir",
-        default="data",
-        help="the competition's archive, unpacked: train.csv, test.csv, sample_submission.csv, images/",
-    )
-    group.add_argument(
-        "--log_dir", default=log_dir, help="checkpoints, metrics and options of one training of all folds"
-    )
-    group.add_argument(
-        "--cache_dir",
-        default="image_cache",
-        help="the photos, decoded and resized once for all epochs, folds and steps",
-    )
+    add = parser.add_argument_group("files").add_argument
+    add("--data_dir", default="data", help="train.csv, test.csv, sample_submission.csv and images/")
+    add("--log_dir", default=log_dir, help="checkpoints, metrics and options of one training of all folds")
+    add("--cache_dir", default="image_cache", help="for the photos, decoded and resized once")
 
-    group = parser.add_argument_group("what is trained")
-    group.add_argument(
-        "-backbone",
-        "--backbone",
-        default="se_resnext50_32x4d",
-        help="any classifier of pretrainedmodels that the head fits",
-    )
-    group.add_argument(
-        "--weights", default="imagenet", help="where the backbone starts: imagenet, none (from scratch), or a file"
-    )
-    group.add_argument(
-        "--image_size",
-        type=positive,
-        nargs=2,
-        default=[480, 768],
-        metavar=("H", "W"),
-        help="height and width, in pixels",
-    )
-    group.add_argument(
-        "--soft_labels_filename", default=None, metavar="CSV", help="train on 0.7 x hard + 0.3 x these soft labels"
-    )
-    group.add_argument(
-        "--folds",
-        type=int,
-        nargs="+",
-        choices=range(N_FOLDS),
-        default=list(range(N_FOLDS)),
-        help="the folds to train (or predict)",
-    )
-    group.add_argument(
-        "--seed", type=not_negative, default=2020, help="of the folds, the head, the order and the augmentations"
-    )
+    add = parser.add_argument_group("what is trained").add_argument
+    add("-backbone", "--backbone", default="se_resnext50_32x4d", help="a classifier of pretrainedmodels")
+    add("--weights", default="imagenet", help="where the backbone starts: imagenet, none (from scratch) or a file")
+    add("--image_size", **size, default=[480, 768], help="height and width, in pixels")
+    add("--soft_labels_filename", metavar="CSV", help="train on 0.7 x hard + 0.3 x these labels")
+    add("--folds", **folds, default=list(range(N_FOLDS)), help="the folds to train, or to predict with")
+    add("--seed", type=not_negative, default=2020, help="of folds, head, order and augmentation")
 
-    group = parser.add_argument_group("how it is trained")
-    group.add_argument("--max_epochs", type=positive, default=70, help="epochs a fold")
-    group.add_argument(
-        "-tbs",
-        "--train_batch_size",
-        type=positive,
-        default=32,
-        help="images an optimizer step, over all devices together",
-    )
-    group.add_argument(
-        "--accumulate_grad_batches",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="split each training batch into N parts to save memory",
-    )
-    group.add_argument(
-        "--lr_schedule",
-        choices=("cosine", "triangular"),
-        default="cosine",
-        help="cosine restarts, or the write-up's triangles",
-    )
-    group.add_argument("--gradient_clip_val", type=finite, default=1.0, help="largest norm of a gradient")
+    add = parser.add_argument_group("how it is trained").add_argument
+    add("--max_epochs", type=positive, default=70, help="epochs a fold")
+    add("-tbs", "--train_batch_size", type=positive, default=32, help="photos a step, over all devices together")
+    add("--accumulate_grad_batches", type=positive, default=1, metavar="N", help="split each batch into N parts")
+    add("--lr_schedule", choices=("cosine", "triangular"), default="cosine", help="restarts, or the write-up's cycle")
+    add("--gradient_clip_val", type=finite, default=1.0, help="the longest gradient")
 
-    group = parser.add_argument_group("what it runs on")
-    group.add_argument(
-        "--gpus",
-        type=not_negative,
-        nargs="+",
-        default=None,
-        metavar="GPU",
-        help="e.g. --gpus 0 1; without it all GPUs there are, else the CPU",
-    )
-    group.add_argument(
-        "--cpu_processes", type=positive, default=1, metavar="N", help="what --gpus does, on N processes of the CPU"
-    )
-    group.add_argument(
-        "--precision",
-        choices=("16", "32", "bf16"),
-        default=None,
-        help="without it: 16 on a GPU, bf16 on a CPU that has it in hardware, else 32",
-    )
-    group.add_argument(
-        "-vbs", "--val_batch_size", type=positive, default=16, help="images a batch in validation and prediction"
-    )
-    group.add_argument(
-        "--num_workers", type=not_negative, default=min(8, os.cpu_count()), help="processes that load images"
-    )
+    add = parser.add_argument_group("what it runs on").add_argument
+    add("--gpus", **gpus, help="for example 0 1; without it all GPUs there are, else the CPU")
+    add("--cpu_processes", type=positive, default=1, metavar="N", help="what --gpus does, on N processes of the CPU")
+    add("--precision", choices=("16", "32", "bf16"), help="without it what is fast: 16 on GPUs, bf16 or 32 on CPUs")
+    add("-vbs", "--val_batch_size", type=positive, default=16, help="photos a batch in validation and prediction")
+    add("--num_workers", type=not_negative, default=workers, help="processes that load photos")
     return parser
 
 
