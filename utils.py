@@ -214,7 +214,7 @@ def mean_auc(labels, probabilities):
 
     Raises InputError if it is defined for none (one class only, there is nothing to rank), or if there is a nan.
     """
-    if not np.isfinite(probabilities).all():
+    if not np.isfinite(np.asarray(probabilities)).all():
         raise InputError("the network predicts nan: its training has diverged; a smaller --gradient_clip_val may help")
     aucs = column_aucs(labels, probabilities)
     if np.isnan(aucs).all():

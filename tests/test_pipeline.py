@@ -12,6 +12,7 @@ from conftest import REPO, SMALL, run_script
 
 from dataset import LeafDataset, load_photo, train_augmentation
 from models import load_network, normalise
+from tools import demo
 from utils import CLASSES, column_aucs, mean_auc, split_folds
 
 OUTPUTS = ("soft_labels.csv", "submission.csv", "submission_distill.csv", "submission_mix.csv")
@@ -232,6 +233,19 @@ def test_an_error_in_one_of_two_processes_ends_both_with_one_line(sample, tmp_pa
     options = ["--folds", 0, "--cpu_processes", 2]
     failed = run_script("train.py", "--data_dir", sample, *SMALL, *options, cwd=tmp_path, check=False)
     assert failed.returncode == 1 and not (tmp_path / "logs" / "results.csv").exists()
+
+
+def test_the_demonstrations_table_holds_every_auc(done, sample, tmp_path, monkeypatch):
+    shutil.copytree(done[0], tmp_path / "demo")
+    shutil.copytree(sample, tmp_path / "demo" / "sample")
+    monkeypatch.setattr(demo, "FOLDER", tmp_path / "demo")
+    table = "\n".join(demo.auc_table())
+    labels = pd.read_csv(sample / "test_labels.csv").set_index("image_id")
+    for name in OUTPUTS[1:]:
+        predicted = pd.read_csv(done[0] / name).set_index("image_id").loc[labels.index]
+        assert f"{name:34}{np.nanmean(column_aucs(labels, predicted)):8.4f}" in table
+    for auc in pd.read_csv(done[0] / "logs" / "results.csv")["val_roc_auc"]:
+        assert f"{auc:8.4f}" in table
 
 
 def test_data_and_logs_stay_out_of_version_control_but_for_what_explains_them():
