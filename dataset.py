@@ -15,11 +15,10 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from utils import CLASSES, InputError, atomic_write, derive_seed, make_folder
+from utils import CLASSES, InputError, atomic_write, derive_seed, lock_file
 
 cv2.setNumThreads(0)  # OpenCV's threads would fight the loader's workers for the cores
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -37,15 +36,17 @@ def read_csv(path, columns, hint="see the README for how to get the data"):
     if not path.is_file():
         raise InputError(f"{path} does not exist; {hint}")
     try:
-        frame = pd.read_csv(path, dtype={"image_id": str}, keep_default_na=True, encoding="utf-8-sig")
+        frame = pd.read_csv(path, dtype={"image_id": str}, keep_default_na=False, encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
         raise InputError(f"{path} cannot be read as CSV: {error}") from error
     if list(frame.columns) != list(columns):
-        raise InputError(f"{path}: its columns are {','.join(map(str, frame.columns))}, not {','.join(columns)}")
+        raise InputError(f"{path}: its columns are {list(frame.columns)}, not {list(columns)}")
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise InputError(f"{path}: its rows have more values than its header has names")
     if frame.empty:
         raise InputError(f"{path} has no rows")
-    problems = [f"row {row + 2} has no image_id" for row in np.flatnonzero(frame["image_id"].isna())]
-    ids = frame["image_id"].fillna("")
+    problems = [f"row {row + 2} has no image_id" for row in np.flatnonzero(frame["image_id"] == "")]
+    ids = frame["image_id"]
     problems += [f"row {row + 2} repeats image_id {ids[row]}" for row in np.flatnonzero(ids.duplicated() & (ids != ""))]
     problems += [
         f"row {row + 2}: image_id {ids[row]!r} is not a plain file name"
@@ -54,7 +55,8 @@ def read_csv(path, columns, hint="see the README for how to get the data"):
     for name in columns[1:]:
         values = pd.to_numeric(frame[name], errors="coerce")
         problems += [
-            f"row {row + 2}: {name} is {frame[name][row]}, not a number" for row in np.flatnonzero(~np.isfinite(values))
+            f"row {row + 2}: {name} is {frame[name][row] or 'empty'}, not a number"
+            for row in np.flatnonzero(~np.isfinite(values))
         ]
         frame[name] = values
     raise_all(path, problems)
@@ -182,8 +184,7 @@ def cache_images(name, image_ids, data_dir, image_size, cache_dir):
     height, width = image_size
     family = f"{sha256(str(images).encode()).hexdigest()[:8]}-{name}-{height}x{width}"
     cache = Path(cache_dir) / f"{family}-{key.hexdigest()[:16]}.npy"
-    make_folder(cache.parent)
-    with FileLock(cache.parent / f".{family}.lock"):  # a second process waits here, then finds the file
+    with lock_file(cache.parent / f".{family}.lock"):  # a second process waits here, then finds the file
         if not cache.exists():
             with atomic_write(cache) as file, ThreadPoolExecutor(os.cpu_count()) as pool:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), height, width, 3)}

@@ -23,6 +23,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils.tensorboard import SummaryWriter
@@ -185,6 +186,8 @@ def read_training_data(args, n_devices):
         labels = mix_labels(hard_labels, soft[list(CLASSES)].to_numpy())
     folds = split_folds(len(train), args.seed)
 
+    if min(args.image_size) < 32:
+        raise InputError(f"--image_size {args.image_size[0]} {args.image_size[1]}: the network needs 32 pixels or more")
     batch, parts = args.train_batch_size, n_devices * args.accumulate_grad_batches
     smallest = len(folds) - np.bincount(folds).max()
     if smallest < batch:
@@ -229,6 +232,8 @@ def launch_processes(n):
         elastic_launch(config, sys.executable)(*sys.argv)
     except ChildFailedError as error:  # the process has said why; its siblings are ended
         raise SystemExit(1) from error
+    except SignalException as error:
+        raise SystemExit(128 + error.sigval) from error
 
 
 def smaller_parts(args, n_devices):
@@ -238,20 +243,8 @@ def smaller_parts(args, n_devices):
     return next((parts for parts in larger if of_device % parts == 0), None)
 
 
-def main(args):
-    quiet_libraries()
-    device, indices = choose_device(args.gpus, args.cpu_processes)
-    args.precision = choose_precision(args.precision, device)
-    data = read_training_data(args, len(indices))
-    weights = find_weights(args.weights, args.backbone)
-
-    if LAUNCHED not in os.environ and is_first_process():
-        devices = f"{len(indices)} x {device}"
-        start_run(args, data.image_ids, data.folds, fingerprint_inputs(args, data, weights), devices, args.fresh)
-        say(f"{args.backbone} from {weights or 'scratch'}, {devices}, precision {args.precision}")
-    if len(indices) > 1 and not is_one_of_several_processes():
-        return launch_processes(len(indices))
-
+def train_folds(args, data, weights, device, indices):
+    """Train the folds of args one after the other, but for those that are finished; then show all results."""
     for fold in args.folds:
         if is_finished(args.log_dir, fold):
             say(f"fold {fold} is finished already")
@@ -273,6 +266,29 @@ def main(args):
             ) from error
     if is_first_process():
         print(collect_results(args.log_dir).to_string(index=False))
+
+
+def main(args):
+    quiet_libraries()
+    device, indices = choose_device(args.gpus, args.cpu_processes)
+    args.precision = choose_precision(args.precision, device)
+    data = read_training_data(args, len(indices))
+    weights = find_weights(args.weights, args.backbone)
+
+    locks = []
+    if LAUNCHED not in os.environ and is_first_process():
+        devices = f"{len(indices)} x {device}"
+        fingerprints = fingerprint_inputs(args, data, weights)
+        locks = start_run(args, data.image_ids, data.folds, fingerprints, devices, args.fresh)
+        say(f"{args.backbone} from {weights or 'scratch'}, {devices}, precision {args.precision}")
+    try:
+        if len(indices) > 1 and not is_one_of_several_processes():
+            launch_processes(len(indices))
+        else:
+            train_folds(args, data, weights, device, indices)
+    finally:
+        for lock in locks:
+            lock.release()
 
 
 if __name__ == "__main__":

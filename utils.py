@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import KFold
 
@@ -27,6 +27,7 @@ SOURCES = ("train.py", "models.py", "dataset.py", "utils.py")  # what a training
 # Options that change no result by themselves: what they name is compared by its content, or not at all.
 FREE_OPTIONS = {"folds", "num_workers", "cache_dir", "val_batch_size", "data_dir", "log_dir", "gpus", "cpu_processes"}
 FREE_OPTIONS |= {"weights", "soft_labels_filename"}
+FREE_IN_PREDICTION = FREE_OPTIONS - {"weights", "soft_labels_filename"} | {"precision", "devices"}
 FOLDERS = ("data_dir", "cache_dir")
 
 
@@ -276,17 +277,23 @@ def start_run(args, image_ids, folds, fingerprints, devices, fresh=False):
 
     image_ids, folds: the rows of train.csv and their folds; fingerprints: dict of input name to SHA-256; devices: text.
     `fresh` deletes what the folds of args have left, once nothing speaks against the start.
-    Raises InputError if the log directory holds a run with other options, inputs or source files.
+    Returns locks on the folds of args, to be held while they are trained. Raises InputError if another process trains
+    one of them, or if the log directory holds folds of other options, inputs or source files, finished or in work.
     """
     log_dir = Path(args.log_dir)
     options = {name: value for name, value in vars(args).items() if name not in ("typed", "fresh")}
     options |= {name: os.path.abspath(options[name]) for name in FOLDERS}  # the later steps may run in another folder
     options["devices"] = devices
     path = log_dir / "hparams.yaml"
-    stays = [f for f in range(N_FOLDS) if any(log_dir.glob(f"fold={f}-*.ckpt")) and not (fresh and f in args.folds)]
-    make_folder(log_dir)
-    with FileLock(log_dir / ".hparams.lock"):
-        if path.exists() and stays:
+    with lock_file(log_dir / ".hparams.lock"):
+        locks = {fold: lock_file(log_dir / f".fold={fold}.lock", wait=False) for fold in range(N_FOLDS)}
+        busy = [fold for fold, lock in locks.items() if lock is None]
+        for fold in set(busy) & set(args.folds):
+            raise InputError(
+                f"another process is training fold {fold} in {log_dir}: wait for it, or use another --log_dir"
+            )
+        stays = [f for f in range(N_FOLDS) if any(log_dir.glob(f"fold={f}-*.ckpt")) and not (fresh and f in args.folds)]
+        if path.exists() and (stays or busy):
             changes = list_changes(read_hparams(log_dir), options, fingerprints)
             if changes:
                 raise InputError(
@@ -300,6 +307,25 @@ def start_run(args, image_ids, folds, fingerprints, devices, fresh=False):
     if fresh:
         for fold in args.folds:
             remove_fold(log_dir, fold)
+    for fold in set(locks) - set(busy) - set(args.folds):
+        locks[fold].release()
+    return [locks[fold] for fold in args.folds]
+
+
+def lock_file(path, wait=True):
+    """Hold a lock, for a `with` or until it is released or the process ends; None if it is taken and `wait` is False.
+
+    Raises InputError if the lock's file cannot be made.
+    """
+    make_folder(Path(path).parent)
+    try:
+        lock = FileLock(path)
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        return None
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    return lock
 
 
 def list_changes(before, options, fingerprints):
@@ -311,7 +337,7 @@ def list_changes(before, options, fingerprints):
     ]
     names = sorted(fingerprints.keys() | before["fingerprints"].keys())
     return changes + [
-        f"{name} has changed" for name in names if before["fingerprints"].get(name) != fingerprints.get(name)
+        f"{name}: changed" for name in names if before["fingerprints"].get(name) != fingerprints.get(name)
     ]
 
 
@@ -360,16 +386,24 @@ def finish_fold(log_dir, fold, epoch, val_loss, val_roc_auc, checkpoint):
     collect_results(log_dir)
 
 
+def read_own_csv(path):
+    """Read a CSV file that train.py wrote. Raises InputError if it is damaged."""
+    try:
+        return pd.read_csv(path, dtype={"image_id": str})
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): train its fold anew with --fresh") from error
+
+
 def is_finished(log_dir, fold):
     """Whether a fold has a result and the checkpoint that it names."""
     path = result_path(log_dir, fold)
-    return path.exists() and (Path(log_dir) / pd.read_csv(path)["checkpoint"][0]).exists()
+    return path.exists() and (Path(log_dir) / read_own_csv(path)["checkpoint"][0]).exists()
 
 
 def collect_results(log_dir):
     """The results of all finished folds, DataFrame, a row a fold; also written as results.csv, for people."""
     paths = [result_path(log_dir, fold) for fold in range(N_FOLDS)]
-    results = pd.concat([pd.read_csv(path) for path in paths if path.exists()], ignore_index=True)
+    results = pd.concat([read_own_csv(path) for path in paths if path.exists()], ignore_index=True)
     write_csv(Path(log_dir) / "results.csv", results)
     return results
 
@@ -383,7 +417,7 @@ def read_results(log_dir, folds):
     if missing:
         folds = " ".join(map(str, missing))
         raise InputError(f"{log_dir}: fold {folds} has no result and checkpoint; run train.py --folds {folds} first")
-    return pd.concat([pd.read_csv(result_path(log_dir, fold)) for fold in folds], ignore_index=True)
+    return pd.concat([read_own_csv(result_path(log_dir, fold)) for fold in folds], ignore_index=True)
 
 
 def adopt_run_options(args):
@@ -394,7 +428,7 @@ def adopt_run_options(args):
     for name, value in read_hparams(args.log_dir)["options"].items():
         if name in FOLDERS:
             setattr(args, name, getattr(args, name) if name in args.typed else value)
-        elif name in FREE_OPTIONS | {"precision", "accumulate_grad_batches", "devices"}:
+        elif name in FREE_IN_PREDICTION:
             continue
         elif name in args.typed and getattr(args, name) != value:
             was = " ".join(map(str, value)) if isinstance(value, list) else value
@@ -408,7 +442,7 @@ def read_folds(log_dir, image_ids):
     path = Path(log_dir) / "folds.csv"
     if not path.exists():
         raise InputError(f"{path} is missing: train first, or name the log directory with --log_dir")
-    folds = pd.read_csv(path, dtype={"image_id": str}).set_index("image_id")["fold"]
+    folds = read_own_csv(path).set_index("image_id")["fold"]
     if set(folds.index) != set(image_ids):
         raise InputError(
             f"{path} is about other photos than train.csv: name the --data_dir that {log_dir} was trained on"
@@ -430,6 +464,8 @@ def prepare_prediction(args):
     kind, indices = choose_device(args.gpus)
     args.precision = choose_precision(args.precision, kind)
     args.devices = [torch.device(kind, index) for index in indices]
+    if len(checkpoints) < N_FOLDS:
+        say(f"note: by the networks of {len(checkpoints)} of {N_FOLDS} folds only")
     say(f"{args.backbone} on {len(indices)} x {kind}, precision {args.precision}; from {args.log_dir}:")
     print(checkpoints.to_string(index=False), flush=True)
     return checkpoints

@@ -48,14 +48,19 @@ def build(folder, ids=range(6), size=(16, 24)):
     [
         ("", "cannot be read as CSV"),
         (HEADER, "has no rows"),
-        ("image_id,healthy,rust,scab,multiple_diseases\na,1,0,0,0\n", "its columns are image_id,healthy,rust"),
+        (
+            "image_id,healthy,rust,scab,multiple_diseases\na,1,0,0,0\n",
+            r"its columns are \['image_id', 'healthy', 'rust'",
+        ),
         (HEADER + "a,1,0,0,0\nb,1,0,0,1\n", r"row 3 \(b\) is not one 1 and three 0"),
         (HEADER + "a,0.5,0.5,0,0\n", r"row 2 \(a\) is not one 1"),
         (HEADER + "a,1,0,0,0\na,1,0,0,0\n", "row 3 repeats image_id a"),
-        (HEADER + "a,1,0,,0\n", "row 2: rust is nan, not a number"),
+        (HEADER + "a,1,0,,0\n", "row 2: rust is empty, not a number"),
         (HEADER + "a,1,0,x,0\n", "row 2: rust is x, not a number"),
         (HEADER + "../a,1,0,0,0\n", "is not a plain file name"),
         (HEADER + ",1,0,0,0\n", "row 2 has no image_id"),
+        (HEADER + "a,1,0,0,0,\nb,1,0,0,0,\n", "more values than its header"),
+        (HEADER + "NA,nan,0,0,1\n", "row 2: healthy is nan, not a number"),
     ],
 )
 def test_a_bad_train_csv_is_refused_in_one_line(tmp_path, content, complaint):
@@ -102,7 +107,7 @@ def test_soft_labels_are_joined_by_image_id_not_by_row(tmp_path):
         ("a,1,0,0,0\nb,1,0,0,0\nb,1,0,0,0\n", "repeats image_id b"),
         ("a,1,0,0,0\nb,0.5,0.2,0.2,0.2\n", r"row 3 \(b\) is no probability distribution"),
         ("a,1,0,0,0\nb,1.2,-0.2,0,0\n", r"row 3 \(b\) is no probability distribution"),
-        ("a,1,0,0,0\nb,,0,0,1\n", "row 3: healthy is nan"),
+        ("a,1,0,0,0\nb,,0,0,1\n", "row 3: healthy is empty"),
     ],
 )
 def test_soft_labels_that_do_not_fit_are_refused(tmp_path, rows, complaint):

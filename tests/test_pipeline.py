@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPO, SMALL, run_script
+from filelock import FileLock
 
 from dataset import LeafDataset, load_photo, train_augmentation
 from models import load_network, normalise
@@ -155,7 +156,20 @@ def test_a_rerun_skips_finished_folds_and_refuses_what_has_changed(done, sample,
     shutil.copytree(sample, other)
     shutil.copy(other / "images" / "Test_0.jpg", other / "images" / "Train_0.jpg")
     refused = run_script("train.py", "--data_dir", other, *SMALL, cwd=folder, check=False)
-    assert refused.returncode == 1 and "the photos has changed" in refused.stderr
+    assert refused.returncode == 1 and "the photos: changed" in refused.stderr
+
+
+def test_a_fold_in_work_cannot_be_started_again_nor_mixed_with_other_options(sample, tmp_path):
+    train = ["train.py", "--data_dir", sample, *SMALL]
+    (tmp_path / "logs").mkdir()
+    record = {"options": {"seed": 2020}, "fingerprints": {}}
+    (tmp_path / "logs" / "hparams.yaml").write_text(yaml.safe_dump(record))
+    with FileLock(tmp_path / "logs" / ".fold=0.lock"):  # as the process that trains fold 0 holds it
+        twice = run_script(*train, "--folds", 0, cwd=tmp_path, check=False)
+        assert twice.returncode == 1 and "another process is training fold 0" in twice.stderr
+        mixed = run_script(*train, "--folds", 1, "--seed", 1, cwd=tmp_path, check=False)
+        assert mixed.returncode == 1 and "seed was 2020, is 1" in mixed.stderr
+    assert not list((tmp_path / "logs").glob("*.ckpt"))
 
 
 def test_fresh_trains_the_named_folds_anew_and_lost_results_come_back(done, sample, tmp_path):
