@@ -14,12 +14,11 @@ from utils import CLASSES, HelpFormatter, say, write_csv
 
 
 def main(args):
-    first = read_probabilities(args.submissions[0])
-    mix = first.copy()
     classes = list(CLASSES)
-    mix[classes] = sum(read_probabilities(path, first["image_id"])[classes] for path in args.submissions) / len(
-        args.submissions
-    )
+    mix = read_probabilities(args.submissions[0])
+    for path in args.submissions[1:]:
+        mix[classes] += read_probabilities(path, mix["image_id"])[classes]
+    mix[classes] /= len(args.submissions)
     write_csv(args.output, mix)
     say(f"wrote {args.output}: the mean of {' and '.join(args.submissions)}, {len(mix)} rows")
 

@@ -103,12 +103,12 @@ def read_test_ids(data_dir):
     return image_ids
 
 
-def read_probabilities(path, image_ids=None, hint="run the step that writes it first"):
+def read_probabilities(path, image_ids=None):
     """A CSV of class probabilities, DataFrame with image_id and four columns (float), joined to `image_ids` if given.
 
     Raises InputError for values outside 0…1, rows that do not sum to 1, and ids that are missing or extra.
     """
-    frame = read_csv(path, ("image_id", *CLASSES), hint)
+    frame = read_csv(path, ("image_id", *CLASSES), hint="run the step that writes it first")
     values = frame[list(CLASSES)].to_numpy()
     wrong = ((values < 0) | (values > 1)).any(1) | (np.abs(values.sum(1) - 1) > 1e-3)
     raise_all(
@@ -254,6 +254,21 @@ def train_augmentation():
     )
 
 
+def augmentation_parts(augmentation):
+    """The single operations of `train_augmentation()`, dict of name to transform."""
+    tone, blur, vertical_flip, horizontal_flip, geometry = augmentation.transforms
+    return {
+        "brightness": tone.transforms[0],
+        "contrast": tone.transforms[1],
+        "motion_blur": blur.transforms[0],
+        "median_blur": blur.transforms[1],
+        "gaussian_blur": blur.transforms[2],
+        "vertical_flip": vertical_flip,
+        "horizontal_flip": horizontal_flip,
+        "shift_scale_rotate": geometry,
+    }
+
+
 def normalise(images):
     """ImageNet normalisation on the images' own device: uint8 (n, h, w, 3) → float32 (n, 3, h, w), channels last."""
     mean = torch.tensor(IMAGENET_MEAN, device=images.device).mul_(255)
@@ -286,7 +301,7 @@ class LeafDataset(Dataset):
             seed = derive_seed(self.seed, fold, draw, self.image_keys[row])
             self.augmentation.set_random_state(np.random.default_rng(seed), random.Random(seed))
             image = self.augmentation(image=image)["image"]
-        sample = {"image": torch.from_numpy(np.array(image)), "fold": fold, "row": row}
+        sample = {"image": torch.from_numpy(np.require(image, requirements=["C", "W", "E"])), "fold": fold, "row": row}
         if self.labels is not None:
             sample["label"] = torch.from_numpy(self.labels[row].astype(np.float32))
         return sample

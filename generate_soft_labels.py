@@ -8,11 +8,19 @@ Writes  soft_labels.csv: each training photo, by the network that has not seen i
 Expect  the out-of-fold AUC; 0.97988 public and 0.98108 private at Kaggle for submission.csv (published).
 """
 
-import numpy as np
-
 from dataset import read_train_csv
 from models import load_networks, predict_out_of_fold, predict_test
-from utils import CLASSES, build_parser, column_aucs, parse_args, prepare_prediction, read_folds, say, write_csv
+from utils import (
+    CLASSES,
+    build_parser,
+    column_aucs,
+    mean_auc,
+    parse_args,
+    prepare_prediction,
+    read_folds,
+    say,
+    write_csv,
+)
 
 
 def main(args):
@@ -24,9 +32,9 @@ def main(args):
     soft_labels = predict_out_of_fold(args, train, folds, networks)
     write_csv("soft_labels.csv", soft_labels)
     known = train[train["image_id"].isin(soft_labels["image_id"])]
-    aucs = dict(zip(CLASSES, column_aucs(known[list(CLASSES)], soft_labels[list(CLASSES)]), strict=True))
-    each = ", ".join(f"{name} {auc:.4f}" for name, auc in aucs.items())
-    say(f"wrote soft_labels.csv: out-of-fold AUC {np.nanmean(list(aucs.values())):.5f} ({each})")
+    compared = known[list(CLASSES)], soft_labels[list(CLASSES)]
+    each = ", ".join(f"{name} {auc:.4f}" for name, auc in zip(CLASSES, column_aucs(*compared), strict=True))
+    say(f"wrote soft_labels.csv: out-of-fold AUC {mean_auc(*compared):.5f} ({each})")
 
     submission = predict_test(args, networks)
     write_csv("submission.csv", submission)

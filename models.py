@@ -276,6 +276,12 @@ def load_networks(args, checkpoints):
     return {fold: load_network(Path(args.log_dir) / name, args.backbone) for fold, name in pairs}
 
 
+def autocast(device, precision):
+    """The autocast context of a precision, "16", "bf16" or "32" (which is none), on a device type."""
+    dtype = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32}[precision]
+    return torch.autocast(device, dtype, enabled=precision != "32")
+
+
 def predict(networks, dataset, keys, args, title):
     """Softmax of each key (fold, draw, row) by the network of its fold: float32 (n, 4). The one place that predicts.
 
@@ -291,9 +297,8 @@ def predict(networks, dataset, keys, args, title):
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.num_workers, pin_memory=pin)
     device_of = {fold: args.devices[i % len(args.devices)] for i, fold in enumerate(networks)}
     networks = {fold: network.to(device_of[fold]) for fold, network in networks.items()}
-    dtype = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32}[args.precision]
     parts = []
-    with torch.inference_mode(), torch.autocast(args.devices[0].type, dtype, enabled=args.precision != "32"):
+    with torch.inference_mode(), autocast(args.devices[0].type, args.precision):
         for batch in tqdm(loader, desc=title, unit="batch", mininterval=1):
             fold = int(batch["fold"][0])
             logits = networks[fold](normalise(batch["image"].to(device_of[fold], non_blocking=True)))
@@ -310,9 +315,8 @@ def predict_test(args, networks):
     image_ids = read_test_ids(args.data_dir)
     images = cache_images("test", image_ids, args.data_dir, args.image_size, args.cache_dir)
     dataset = LeafDataset(images, image_ids, augmentation=train_augmentation(), seed=args.seed)
-    at_once = max(
-        1, args.val_batch_size // TTA_DRAWS
-    )  # photos that fill a batch; all networks see them before the next
+    # as many photos as fill a batch; all networks see them before the next ones are read
+    at_once = max(1, args.val_batch_size // TTA_DRAWS)
     keys = [
         (fold, draw, row)
         for start in range(0, len(image_ids), at_once)

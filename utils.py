@@ -59,7 +59,7 @@ def not_negative(text):
     return value
 
 
-def finite(text):
+def positive_number(text):
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
@@ -92,7 +92,7 @@ def build_parser(doc, log_dir="logs"):
     add("-tbs", "--train_batch_size", type=positive, default=32, help="photos a step, over all devices together")
     add("--accumulate_grad_batches", type=positive, default=1, metavar="N", help="split each batch into N parts")
     add("--lr_schedule", choices=("cosine", "triangular"), default="cosine", help="restarts, or the write-up's cycle")
-    add("--gradient_clip_val", type=finite, default=1.0, help="the longest gradient")
+    add("--gradient_clip_val", type=positive_number, default=1.0, help="the longest gradient")
 
     add = parser.add_argument_group("what it runs on").add_argument
     add("--gpus", **gpus, help="for example 0 1; without it all GPUs there are, else the CPU")
@@ -143,7 +143,7 @@ def choose_device(gpus, cpu_processes=1):
 
 
 def choose_precision(precision, device):
-    """ "16", "32" or "bf16": the one asked for, else the fast one of this device. Raises InputError for fp16 on a CPU."""
+    """The precision asked for, or the fast one of this device: "16", "32" or "bf16". Raises InputError for 16 on a CPU."""
     if precision == "16" and device == "cpu":
         raise InputError("--precision 16 needs a GPU; on the CPU type --precision bf16 or --precision 32")
     if precision is not None:
@@ -154,7 +154,7 @@ def choose_precision(precision, device):
 
 
 def is_one_of_several_processes():
-    """Whether torchrun or SLURM started this process as one of several."""
+    """Whether torchrun (or our own launch, which uses it) started this process as one of several."""
     return "LOCAL_RANK" in os.environ
 
 
@@ -164,12 +164,11 @@ def is_first_process():
 
 
 def quiet_libraries():
-    """Silence what Lightning and albumentations say about settings that we made on purpose."""
+    """Silence what Lightning says about settings that we made on purpose."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what we log is the same on all devices
     warnings.filterwarnings("ignore", message=".*`lr_scheduler.step.. before `optimizer.step.*")
-    warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than the logging interval.*")
 
 
 # ---------------------------------------------------------------------------------------------- seeds and folds

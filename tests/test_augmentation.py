@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import GaussianBlur3, LeafDataset, MotionBlur3, normalise, train_augmentation
+from dataset import GaussianBlur3, LeafDataset, MotionBlur3, augmentation_parts, normalise, train_augmentation
 
 REFERENCE = Path(__file__).parent / "reference"
 FIGURES = json.loads((REFERENCE / "augmentations.json").read_text())
@@ -22,17 +22,9 @@ PHOTO = Path(__file__).parents[2] / "shared" / "photos" / "Train_2.jpg"
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 needs_photo = pytest.mark.skipif(not PHOTO.exists(), reason=f"the reference photo is not at {PHOTO}")
 
-brightness_or_contrast, blur, vertical_flip, horizontal_flip, geometry = train_augmentation().transforms
-TRANSFORMS = {
-    "brightness": brightness_or_contrast.transforms[0],
-    "contrast": brightness_or_contrast.transforms[1],
-    "motion_blur": blur.transforms[0],
-    "median_blur": blur.transforms[1],
-    "gaussian_blur": blur.transforms[2],
-    "vertical_flip": vertical_flip,
-    "horizontal_flip": horizontal_flip,
-    "shift_scale_rotate": geometry,
-}
+augmentation = train_augmentation()
+brightness_or_contrast, blur, vertical_flip, horizontal_flip, geometry = augmentation.transforms
+TRANSFORMS = augmentation_parts(augmentation)
 
 
 def draws(transform, image, n, seed=0):

@@ -29,7 +29,7 @@ from dataset import (
     normalise,
     train_augmentation,
 )
-from models import LeafModule, LeafNet, fold_batch_norm
+from models import LeafModule, LeafNet, autocast, fold_batch_norm
 from tools.generate_sample_data import render_leaf
 from utils import CLASSES, N_FOLDS, TTA_DRAWS, HelpFormatter, choose_device, choose_precision, positive
 
@@ -113,12 +113,11 @@ def make_step(network, size, batch, device, precision, plain):
     optimizer = torch.optim.Adam(network.parameters(), 1e-3) if plain else module.configure_optimizers()["optimizer"]
     images = torch.randint(0, 256, (batch, *size, 3), dtype=torch.uint8, device=device)
     labels = torch.full((batch, 4), 0.25, device=device)
-    dtype = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32}[precision]
     scaler = torch.amp.GradScaler(enabled=precision == "16" and not plain)
 
     def step():
         inputs = normalise(images)
-        with torch.autocast(device.type, dtype, enabled=precision != "32" and not plain):
+        with autocast(device.type, "32" if plain else precision):
             loss = F.cross_entropy(network(inputs.contiguous() if plain else inputs), labels)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -137,11 +136,10 @@ def make_inference(network, size, batch, device, precision, plain):
         fold_batch_norm(network.backbone)
     network = network.to(device, memory_format=torch.contiguous_format if plain else torch.channels_last)
     images = torch.randint(0, 256, (batch, *size, 3), dtype=torch.uint8, device=device)
-    dtype = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32}[precision]
 
     def infer():
         inputs = normalise(images)
-        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=precision != "32" and not plain):
+        with torch.inference_mode(), autocast(device.type, "32" if plain else precision):
             network(inputs.contiguous() if plain else inputs).softmax(1).cpu()
 
     return infer

@@ -16,7 +16,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from dataset import LeafDataset, load_photo, normalise, read_test_ids, read_train_csv, train_augmentation
+from dataset import (
+    LeafDataset,
+    augmentation_parts,
+    load_photo,
+    normalise,
+    read_test_ids,
+    read_train_csv,
+    train_augmentation,
+)
 from models import load_network, make_schedule
 from tools.demo import FOLDER, REPO
 from utils import CLASSES, TTA_DRAWS, HelpFormatter, read_hparams, read_results
@@ -61,17 +69,7 @@ def draw_grid(path, pictures, columns, width=3.0):
 def augmentation_pictures(photo):
     """One draw of each part of the training augmentation, and of the whole."""
     whole = train_augmentation()
-    tone, blur, vertical, horizontal, geometry = whole.transforms
-    parts = {
-        "brightness ±0.1": tone.transforms[0],
-        "contrast ±0.1": tone.transforms[1],
-        "motion blur 3×3": blur.transforms[0],
-        "median blur 3×3": blur.transforms[1],
-        "Gaussian blur 3×3": blur.transforms[2],
-        "vertical flip": vertical,
-        "horizontal flip": horizontal,
-        "shift, scale, rotate": geometry,
-    }
+    parts = {name.replace("_", " "): transform for name, transform in augmentation_parts(whole).items()}
     pictures = [("the photo", photo)]
     for seed, (title, transform) in enumerate([*parts.items(), *[("all together", whole)] * 3]):
         transform.set_random_state(np.random.default_rng(seed + 1), random.Random(seed + 1))
