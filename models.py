@@ -1,9 +1,11 @@
 """What learns: the network, its ImageNet weights, the Lightning module, and the one function that predicts."""
 
+import os
 import re
 import socket
 from functools import cache
 from itertools import groupby
+from math import prod
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -36,6 +38,8 @@ MIRRORS = {
     )
 }
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer until the next source is tried
+# Pixels in one call of predict from which compiling (10 to 25 s on two cores) saves several times what it costs.
+COMPILE_FROM = 200e6
 
 # ---------------------------------------------------------------------------------------------- the network
 
@@ -282,12 +286,28 @@ def autocast(device, precision):
     return torch.autocast(device, dtype, enabled=precision != "32")
 
 
+def compile_network(network, example):
+    """The network compiled with its weights frozen, for batches of the shape of `example`; itself if that fails.
+
+    Only the first network of an architecture costs time. What fails is said: mostly there is no C++ compiler.
+    """
+    compiled = torch.compile(network, dynamic=False, options={"freezing": True})
+    try:
+        compiled(example)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = next(line for line in str(error).splitlines() if line.strip())
+        say(f"note: predicting without torch.compile, more slowly, as it fails here: {reason}")
+        return network
+    return compiled
+
+
 def predict(networks, dataset, keys, args, title):
     """Softmax of each key (fold, draw, row) by the network of its fold: float32 (n, 4). The one place that predicts.
 
     networks: dict of fold to LeafNet. All folds read through one loader: a batch is of one fold, and neighbouring keys
     of one photo read it while it is in memory. The folds are spread over args.devices; nothing waits for a device
-    before the end, so that several of them compute at once.
+    before the end, so that several of them compute at once. On a CPU, jobs of COMPILE_FROM pixels and more run
+    compiled, but for batches that are not full, which would be compiled once more.
     """
     batches = []
     for _, run in groupby(keys, key=lambda key: key[0]):
@@ -297,12 +317,20 @@ def predict(networks, dataset, keys, args, title):
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.num_workers, pin_memory=pin)
     device_of = {fold: args.devices[i % len(args.devices)] for i, fold in enumerate(networks)}
     networks = {fold: network.to(device_of[fold]) for fold, network in networks.items()}
-    parts = []
+    full, compiled, parts = max(map(len, batches)), {}, []
+    compiling = args.devices[0].type == "cpu" and len(keys) * prod(args.image_size) >= COMPILE_FROM
+    if compiling:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(args.cache_dir).absolute() / "torch.compile"))
+        say(f"{len(keys)} images to predict: by torch.compile")
     with torch.inference_mode(), autocast(args.devices[0].type, args.precision):
         for batch in tqdm(loader, desc=title, unit="batch", mininterval=1):
             fold = int(batch["fold"][0])
-            logits = networks[fold](normalise(batch["image"].to(device_of[fold], non_blocking=True)))
-            parts.append(logits.float().softmax(1))
+            images = normalise(batch["image"].to(device_of[fold], non_blocking=True))
+            if compiling and len(images) == full and fold not in compiled:
+                compiled[fold] = compile_network(networks[fold], images)
+                compiling = compiled[fold] is not networks[fold]
+            network = compiled.get(fold, networks[fold]) if len(images) == full else networks[fold]
+            parts.append(network(images).float().softmax(1))
     return torch.cat([part.cpu() for part in parts]).numpy()
 
 

@@ -29,7 +29,7 @@ from dataset import (
     normalise,
     train_augmentation,
 )
-from models import LeafModule, LeafNet, autocast, fold_batch_norm
+from models import COMPILE_FROM, LeafModule, LeafNet, autocast, compile_network, fold_batch_norm
 from tools.generate_sample_data import render_leaf
 from utils import CLASSES, N_FOLDS, TTA_DRAWS, HelpFormatter, choose_device, choose_precision, positive
 
@@ -129,7 +129,7 @@ def make_step(network, size, batch, device, precision, plain):
     return step
 
 
-def make_inference(network, size, batch, device, precision, plain):
+def make_inference(network, size, batch, device, precision, plain, compiled=False):
     """A function that predicts one batch as models.predict does, or as plain float32 code would."""
     network = network.eval()
     if not plain:
@@ -142,22 +142,31 @@ def make_inference(network, size, batch, device, precision, plain):
         with torch.inference_mode(), autocast(device.type, "32" if plain else precision):
             network(inputs.contiguous() if plain else inputs).softmax(1).cpu()
 
+    if compiled:
+        started = time.perf_counter()
+        with torch.inference_mode(), autocast(device.type, precision):
+            network = compile_network(network, normalise(images))
+        print(f"  compiled in {time.perf_counter() - started:.0f} s, as jobs of {COMPILE_FROM / 1e6:.0f} Mpixel are")
     return infer
 
 
-def bench_network(size, batch, device, precision, repeats):
+def bench_network(size, batch, device, precision, repeats, training=True):
     """Images a second of a training step and of inference, ours and plain; returns ours."""
+
+    def make(kind, plain, **how):
+        return kind(LeafNet(), size, batch, device, precision, plain, **how)
+
+    groups = [{"train step": make(make_step, False), "plain": make(make_step, True)}] if training else []
+    groups.append({"inference": make(make_inference, False), "plain": make(make_inference, True)})
+    if device.type == "cpu":
+        groups[-1]["inference, compiled"] = make(make_inference, False, compiled=True)
     ours = {}
-    for name, make in (("train step", make_step), ("inference", make_inference)):
-        tasks = {plain: make(LeafNet(), size, batch, device, precision, plain) for plain in (False, True)}
-        seconds = interleaved(tasks, device, repeats)
-        ours[name] = batch / seconds[False]
-        row(
-            f"{name}, {size[0]}x{size[1]}, batch {batch}, precision {precision}",
-            ours[name],
-            "images/s",
-            batch / seconds[True],
-        )
+    for tasks in groups:
+        rates = {name: batch / seconds for name, seconds in interleaved(tasks, device, repeats).items()}
+        plain = rates.pop("plain")
+        ours |= rates
+        for name, rate in rates.items():
+            row(f"{name}, {size[0]}x{size[1]}, batch {batch}, precision {precision}", rate, "images/s", plain)
     return ours
 
 
@@ -180,8 +189,8 @@ def main(args):
     else:
         bench_network((128, 128), 32, device, precision, args.repeats)
         rates = bench_network((160, 256), 8, device, precision, args.repeats)
-        pixels = SIZE[0] * SIZE[1] / (160 * 256)
-        train_rate, test_rate = rates["train step"] / pixels, rates["inference"] / pixels
+        train_rate = rates["train step"] * 160 * 256 / (SIZE[0] * SIZE[1])
+        test_rate = bench_network(SIZE, 4, device, precision, args.repeats, training=False)["inference, compiled"]
     folds = N_FOLDS * EPOCHS
     seconds = 2 * folds * (TRAIN * 0.8 / train_rate + TRAIN * 0.2 / test_rate)
     seconds += (TRAIN + 2 * TEST * TTA_DRAWS * N_FOLDS) / test_rate

@@ -1,0 +1,57 @@
+"""Prediction: compiled where it pays, with the same result; and what is said where it cannot be."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+
+import models
+from dataset import LeafDataset
+from models import LeafNet, fold_batch_norm, predict
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Two networks whose predictions differ, eleven photos for each, and the options that predict reads."""
+    networks = {}
+    for fold in (0, 3):
+        torch.manual_seed(fold)
+        networks[fold] = LeafNet()
+        with torch.no_grad():
+            networks[fold].fc.weight.mul_(40)
+            for _ in range(3):  # running statistics of real activations
+                networks[fold].train()(torch.randn(8, 3, 32, 64))
+        fold_batch_norm(networks[fold].eval().backbone)
+        networks[fold].to(memory_format=torch.channels_last)
+    photos = np.random.default_rng(0).integers(0, 256, (11, 32, 64, 3), dtype=np.uint8)
+    keys = [(fold, 0, row) for fold in networks for row in range(11)]
+    cpu = [torch.device("cpu")]
+    args = argparse.Namespace(devices=cpu, precision="32", val_batch_size=4, num_workers=0, image_size=[32, 64])
+    args.cache_dir = tmp_path_factory.mktemp("cache")
+    return networks, LeafDataset(photos, [f"Test_{i}" for i in range(11)]), keys, args
+
+
+def test_long_predictions_are_compiled_and_stay_the_same(job, monkeypatch, capsys):
+    expected = predict(*job, "short")
+    assert "torch.compile" not in capsys.readouterr().out
+    assert np.abs(expected[:11] - expected[11:]).max() > 0.05  # another network's weights would be noticed
+    seen, compiling = [], models.compile_network
+    monkeypatch.setattr(models, "COMPILE_FROM", 22 * 32 * 64)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(models, "compile_network", lambda *given: seen.append(compiling(*given)) or seen[-1])
+    np.testing.assert_allclose(predict(*job, "long"), expected, atol=1e-5)
+    assert "22 images to predict: by torch.compile" in capsys.readouterr().out
+    assert any((job[-1].cache_dir / "torch.compile").iterdir())
+    assert len(seen) == 2 and all(isinstance(network, torch._dynamo.OptimizedModule) for network in seen)
+
+
+def test_without_a_compiler_it_is_said_and_the_prediction_goes_on(job, monkeypatch, capsys):
+    expected = predict(*job, "short")
+    torch._dynamo.reset()
+    monkeypatch.setattr(models, "COMPILE_FROM", 0)
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/there/is/none",))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    np.testing.assert_array_equal(predict(*job, "long"), expected)
+    said = capsys.readouterr().out
+    assert said.count("note: predicting without torch.compile") == 1 and "No working C++ compiler" in said
