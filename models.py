@@ -29,7 +29,7 @@ from dataset import (
     read_test_ids,
     train_augmentation,
 )
-from utils import CLASSES, TTA_DRAWS, InputError, make_folder, mean_auc, say, sha256
+from utils import CLASSES, TTA_DRAWS, InputError, derive_seed, make_folder, mean_auc, say, sha256
 
 # The file's old home is in pretrainedmodels' settings; its certificate lapsed in 2022 and the host is often down.
 MIRRORS = {
@@ -188,14 +188,25 @@ def make_schedule(optimizer, name):
     )
 
 
-class LeafModule(pl.LightningModule):
-    """One fold's training. Batches hold uint8 images (n, h, w, 3), labels (n, 4) that sum to 1, rows (n,)."""
+class LossNotFinite(Exception):
+    """The loss of a batch is nan or infinite; `rows`: int (n,), the batch's rows of the data set."""
 
-    def __init__(self, network, lr_schedule="cosine"):
+    def __init__(self, loss, rows):
+        super().__init__(f"the loss is {loss}")
+        self.rows = rows
+
+
+class LeafModule(pl.LightningModule):
+    """One fold's training. Batches hold uint8 images (n, h, w, 3), labels (n, 4) that sum to 1, rows (n,).
+
+    Raises LossNotFinite, at the step after the one whose loss is nan or infinite: a GPU need not wait for the answer.
+    """
+
+    def __init__(self, network, lr_schedule="cosine", seed=0):
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last)
-        self.lr_schedule = lr_schedule
-        self.validated = []
+        self.lr_schedule, self.seed = lr_schedule, seed
+        self.validated, self.last_loss = [], None
 
     def configure_optimizers(self):
         # Fused is faster on the CPU; on GPUs it would bar gradient clipping under fp16's loss scaling.
@@ -211,8 +222,22 @@ class LeafModule(pl.LightningModule):
         if gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
+    def on_train_epoch_start(self):
+        # for dropout, where a backbone has it: the same whether or not the fold was interrupted before
+        torch.manual_seed(derive_seed(self.seed, self.current_epoch, self.global_rank))
+
+    def check_last_loss(self):
+        if self.last_loss is not None and not torch.isfinite(self.last_loss[0]):
+            raise LossNotFinite(self.last_loss[0].item(), self.last_loss[1].cpu().numpy())
+
+    def on_validation_epoch_start(self):
+        self.check_last_loss()
+        self.last_loss = None
+
     def training_step(self, batch, batch_idx):
+        self.check_last_loss()
         loss = F.cross_entropy(self.network(normalise(batch["image"])), batch["label"])
+        self.last_loss = loss.detach(), batch["row"]
         self.log("loss", loss, prog_bar=True)
         self.log("lr", self.optimizers().param_groups[0]["lr"], prog_bar=True)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["label"]), sync_dist=True)
@@ -240,15 +265,24 @@ class LeafModule(pl.LightningModule):
 # ---------------------------------------------------------------------------------------------- prediction
 
 
+def load_checkpoint(path):
+    """A checkpoint that train.py wrote, dict. Raises InputError if it is damaged or would run code (weights_only)."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["state_dict"]
+    except Exception as error:
+        raise InputError(
+            f"{path} cannot be loaded as a checkpoint ({str(error).splitlines()[0]}): train its fold anew with --fresh"
+        ) from error
+    return checkpoint
+
+
 def load_network(path, backbone):
     """The network of a checkpoint, for prediction: in evaluation mode, batch norm folded into the convolutions.
 
     Raises InputError if the file cannot be read safely (weights_only) or holds another network.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception as error:
-        raise InputError(f"{path} cannot be loaded as a checkpoint: {str(error).splitlines()[0]}") from error
+    state = load_checkpoint(path)["state_dict"]
     network = LeafNet(backbone)
     try:
         network.load_state_dict({name.removeprefix("network."): value for name, value in state.items()})

@@ -5,7 +5,8 @@
 
 Reads   DATA_DIR/train.csv and images/; in step 3 also the soft labels that step 2 wrote.
 Writes  LOG_DIR: hparams.yaml, folds.csv, the six best checkpoints of each fold, metrics/, results.csv.
-Expect  a progress bar an epoch; 70 epochs a fold. A fold that is finished is not trained again.
+Expect  a progress bar an epoch; 70 epochs a fold. Interrupted by whatever, the same command goes on: finished folds are
+        not trained again, the fold in work goes on from its last epoch that was kept.
 """
 
 import os
@@ -22,7 +23,6 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -39,11 +39,12 @@ from dataset import (
     read_train_csv,
     train_augmentation,
 )
-from models import LeafModule, LeafNet, find_weights, load_backbone_weights
+from models import LeafModule, LeafNet, LossNotFinite, find_weights, load_backbone_weights, load_checkpoint
 from utils import (
     CLASSES,
     SOURCES,
     InputError,
+    Stopped,
     atomic_write,
     build_parser,
     choose_device,
@@ -58,14 +59,17 @@ from utils import (
     parse_args,
     quiet_libraries,
     remove_fold,
+    resume_path,
     say,
     sha256,
     split_folds,
     start_run,
+    stop_cleanly,
     write_csv,
 )
 
 LAUNCHED = "PLANT_PATHOLOGY_LAUNCHED"  # set for the processes that train.py itself has started
+RESUME_EVERY = 30  # seconds: the optimizer's state is 306 MB, about a second to write
 
 
 @dataclass
@@ -86,6 +90,9 @@ class WholeCheckpoints(TorchCheckpointIO):
         with atomic_write(path) as file:
             torch.save(checkpoint, file)
 
+    def remove_checkpoint(self, path):
+        Path(path).unlink(missing_ok=True)
+
 
 class EpochLog(pl.Callback):
     """One row an epoch, as CSV (LOG_DIR/metrics/fold=K.csv) and for TensorBoard (LOG_DIR/metrics/fold=K/)."""
@@ -95,7 +102,8 @@ class EpochLog(pl.Callback):
         self.rows = []
 
     def on_fit_start(self, trainer, module):
-        self.board = SummaryWriter(self.path.with_suffix("")) if trainer.is_global_zero else None
+        if trainer.is_global_zero:
+            self.board = SummaryWriter(self.path.with_suffix(""), purge_step=len(self.rows))
 
     def on_fit_end(self, trainer, module):
         if trainer.is_global_zero:
@@ -122,13 +130,80 @@ class EpochLog(pl.Callback):
             self.board.flush()
 
 
+class OwnSignals(pl.Callback):
+    """Leaves SIGTERM to stop_cleanly: Lightning's handler waits for the other processes, which may be gone."""
+
+    def setup(self, trainer, module, stage):
+        self.handler = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer, module):
+        signal.signal(signal.SIGTERM, self.handler)
+
+
+class ResumePoint(pl.Callback):
+    """Keeps what an interrupted fold needs to go on, LOG_DIR/fold=K-last.ckpt, and goes on from it if it is there.
+
+    Holds the weights, the states of optimizer, schedule and loss scaler, the log and the best checkpoints so far. It is
+    written between two epochs, where nothing is half done, at most every RESUME_EVERY seconds. All else that an epoch
+    depends on follows from its number. Not Lightning's own resuming: that leaves out the schedule's step after the epoch
+    at whose end it saved, and forgets the best checkpoints if the log directory was moved.
+    """
+
+    def __init__(self, log_dir, fold, log, best):
+        self.path, self.fold, self.epoch_log, self.best = resume_path(log_dir, fold), fold, log, best
+        self.state = load_checkpoint(self.path) if self.path.exists() else None
+        if self.state:
+            log.rows = self.state["rows"]
+            say(f"fold {fold}: going on after epoch {len(log.rows) - 1}")
+
+    def on_fit_start(self, trainer, module):
+        self.written = time.monotonic()
+        if self.state is None:
+            return
+        module.load_state_dict(self.state["state_dict"])
+        trainer.optimizers[0].load_state_dict(self.state["optimizer"])
+        trainer.lr_scheduler_configs[0].scheduler.load_state_dict(self.state["schedule"])
+        trainer.precision_plugin.load_state_dict(self.state["scaler"])
+        progress = trainer.fit_loop.epoch_progress.current
+        progress.ready = progress.started = progress.processed = progress.completed = len(self.epoch_log.rows)
+        folder = Path(self.best.dirpath)
+        best = {**self.state["best"], "dirpath": self.best.dirpath}
+        best["best_k_models"] = {str(folder / name): score for name, score in best["best_k_models"].items()}
+        for name in ("best_model_path", "kth_best_model_path"):
+            best[name] = str(folder / best[name]) if best[name] else ""
+        self.best.load_state_dict(best)
+        self.state = None
+        if trainer.is_global_zero:  # checkpoints of epochs after this one, which will be trained again
+            for path in set(folder.glob(f"fold={self.fold}-epoch=*.ckpt")) - set(map(Path, best["best_k_models"])):
+                path.unlink()
+
+    def on_train_epoch_start(self, trainer, module):
+        if not trainer.is_global_zero or not self.epoch_log.rows or time.monotonic() < self.written + RESUME_EVERY:
+            return
+        best = {**self.best.state_dict(), "dirpath": None}
+        best["best_k_models"] = {Path(path).name: score for path, score in best["best_k_models"].items()}
+        for name in ("best_model_path", "kth_best_model_path"):
+            best[name] = Path(best[name]).name
+        state = {
+            "state_dict": module.state_dict(),
+            "optimizer": trainer.optimizers[0].state_dict(),
+            "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
+            "scaler": trainer.precision_plugin.state_dict(),
+            "best": best,
+            "rows": self.epoch_log.rows,
+        }
+        trainer.strategy.checkpoint_io.save_checkpoint(state, self.path)
+        self.written = time.monotonic()
+
+
 def train_fold(args, fold, data, weights, device, indices):
     """Train one fold and record its best epoch in the log directory. `device`, `indices`: as of choose_device."""
-    torch.manual_seed(derive_seed(args.seed, fold))  # the head; order and augmentation have seeds of their own
+    seed = derive_seed(args.seed, fold)
+    torch.manual_seed(seed)  # the head; order and augmentation have seeds of their own
     network = LeafNet(args.backbone)
     if weights is not None:
         load_backbone_weights(network, weights)
-    module = LeafModule(network, args.lr_schedule)
+    module = LeafModule(network, args.lr_schedule, seed)
 
     log = EpochLog(args.log_dir, fold)
     checkpoints = ModelCheckpoint(
@@ -142,6 +217,7 @@ def train_fold(args, fold, data, weights, device, indices):
         auto_insert_metric_name=False,
         enable_version_counter=False,
     )
+    resume = ResumePoint(args.log_dir, fold, log, checkpoints)
     trainer = pl.Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=indices if device == "cuda" else len(indices),
@@ -150,7 +226,7 @@ def train_fold(args, fold, data, weights, device, indices):
         max_epochs=args.max_epochs,
         gradient_clip_val=args.gradient_clip_val,
         accumulate_grad_batches=args.accumulate_grad_batches,
-        callbacks=[log, checkpoints, TQDMProgressBar(refresh_rate=10, leave=True)],
+        callbacks=[OwnSignals(), log, checkpoints, resume, TQDMProgressBar(refresh_rate=10, leave=True)],
         plugins=[WholeCheckpoints()],
         logger=False,
         use_distributed_sampler=False,
@@ -215,6 +291,19 @@ def fingerprint_inputs(args, data, weights):
     return {name: sha256(path) for name, path in inputs.items() if path is not None}
 
 
+def describe_kept(args):
+    """What an interrupted training has kept, as text: the folds that are finished, and the epoch of the one in work."""
+    if LAUNCHED in os.environ and is_one_of_several_processes():
+        return ""  # the process that launched this one will say it
+    finished = [fold for fold in args.folds if is_finished(args.log_dir, fold)]
+    texts = [f"fold {' '.join(map(str, finished))} finished"] if finished else []
+    for fold in args.folds:
+        path = resume_path(args.log_dir, fold)
+        if path.exists():
+            texts.append(f"fold {fold} kept up to epoch {len(load_checkpoint(path)['rows']) - 1}")
+    return ", ".join(texts) or "no epoch was kept yet"
+
+
 def launch_processes(n):
     """Run this command again as one process a device, by torch's own launcher, which ends them all when one dies."""
     os.environ[LAUNCHED] = "1"
@@ -233,7 +322,7 @@ def launch_processes(n):
     except ChildFailedError as error:  # the process has said why; its siblings are ended
         raise SystemExit(1) from error
     except SignalException as error:
-        raise SystemExit(128 + error.sigval) from error
+        raise Stopped(128 + error.sigval) from error
 
 
 def smaller_parts(args, n_devices):
@@ -249,12 +338,15 @@ def train_folds(args, data, weights, device, indices):
         if is_finished(args.log_dir, fold):
             say(f"fold {fold} is finished already")
             continue
-        if is_first_process():
+        if is_first_process() and not resume_path(args.log_dir, fold).exists():
             remove_fold(args.log_dir, fold)
         try:
             train_fold(args, fold, data, weights, device, indices)
-        except SIGTERMException as error:  # Lightning's, which would end the process with status 0
-            raise SystemExit(128 + signal.SIGTERM) from error
+        except LossNotFinite as error:
+            raise InputError(
+                f"fold {fold} stopped: {error} for the batch of {', '.join(data.image_ids[error.rows])}. The epochs before "
+                "are kept. Look at these photos and their labels; or try --precision 32, a smaller --gradient_clip_val"
+            ) from error
         except torch.OutOfMemoryError as error:
             parts = smaller_parts(args, len(indices))
             advice = (
@@ -279,7 +371,7 @@ def main(args):
     if LAUNCHED not in os.environ and is_first_process():
         devices = f"{len(indices)} x {device}"
         fingerprints = fingerprint_inputs(args, data, weights)
-        locks = start_run(args, data.image_ids, data.folds, fingerprints, devices, args.fresh)
+        locks = start_run(args, data.image_ids, data.folds, fingerprints, devices)
         say(f"{args.backbone} from {weights or 'scratch'}, {devices}, precision {args.precision}")
     try:
         if len(indices) > 1 and not is_one_of_several_processes():
@@ -291,7 +383,15 @@ def main(args):
             lock.release()
 
 
-if __name__ == "__main__":
+def parser():
     parser = build_parser(__doc__)
-    parser.add_argument("--fresh", action="store_true", help="start over: delete what the named folds left in LOG_DIR")
-    main(parse_args(parser))
+    add = parser.add_argument_group("what is there already").add_argument
+    add("--fresh", action="store_true", help="start over: delete what the named folds left in LOG_DIR")
+    add("--accept_changes", action="store_true", help="go on in LOG_DIR though options or source files have changed")
+    return parser
+
+
+if __name__ == "__main__":
+    args = parse_args(parser())
+    with stop_cleanly(lambda: describe_kept(args)):
+        main(args)

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -27,6 +28,8 @@ SOURCES = ("train.py", "models.py", "dataset.py", "utils.py")  # what a training
 # Options that change no result by themselves: what they name is compared by its content, or not at all.
 FREE_OPTIONS = {"folds", "num_workers", "cache_dir", "val_batch_size", "data_dir", "log_dir", "gpus", "cpu_processes"}
 FREE_OPTIONS |= {"weights", "soft_labels_filename"}
+# What the folds of one log directory must share: without it their predictions cannot be put together.
+COMMON = {"image_size", "backbone", "seed", "train.csv", "the photos"}
 FREE_IN_PREDICTION = FREE_OPTIONS - {"weights", "soft_labels_filename"} | {"precision", "devices"}
 FOLDERS = ("data_dir", "cache_dir")
 
@@ -36,6 +39,37 @@ class InputError(SystemExit):
 
     def __init__(self, message):
         super().__init__(f"error: {message}")
+
+
+class Stopped(SystemExit):
+    """Ctrl-C or SIGTERM, as an exception that ends the process with status 130 or 143."""
+
+
+@contextmanager
+def stop_cleanly(kept):
+    """Within the block Ctrl-C and SIGTERM raise Stopped, and it is said what is not lost: the text of `kept()`.
+
+    Loader workers forked meanwhile ignore both signals: the process that started them ends them.
+    """
+    owner, before = os.getpid(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number, frame):
+        if os.getpid() == owner:
+            for each in before:  # a second one would cut the tidying short
+                signal.signal(each, signal.SIG_IGN)
+            raise Stopped(128 + number)
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    except Stopped:
+        if text := kept():
+            say(f"stopped: {text}; the same command goes on from there")
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -271,16 +305,17 @@ def sha256(path):
 # ---------------------------------------------------------------------------------------------- the log directory
 
 
-def start_run(args, image_ids, folds, fingerprints, devices, fresh=False):
+def start_run(args, image_ids, folds, fingerprints, devices):
     """Write hparams.yaml and folds.csv of a new run, or compare with the run that is there already.
 
     image_ids, folds: the rows of train.csv and their folds; fingerprints: dict of input name to SHA-256; devices: text.
-    `fresh` deletes what the folds of args have left, once nothing speaks against the start.
+    args.fresh deletes what the folds of args have left, once nothing speaks against the start; args.accept_changes goes
+    on in spite of other options, inputs or source files, and records them.
     Returns locks on the folds of args, to be held while they are trained. Raises InputError if another process trains
     one of them, or if the log directory holds folds of other options, inputs or source files, finished or in work.
     """
     log_dir = Path(args.log_dir)
-    options = {name: value for name, value in vars(args).items() if name not in ("typed", "fresh")}
+    options = {name: value for name, value in vars(args).items() if name not in ("typed", "fresh", "accept_changes")}
     options |= {name: os.path.abspath(options[name]) for name in FOLDERS}  # the later steps may run in another folder
     options["devices"] = devices
     path = log_dir / "hparams.yaml"
@@ -291,21 +326,30 @@ def start_run(args, image_ids, folds, fingerprints, devices, fresh=False):
             raise InputError(
                 f"another process is training fold {fold} in {log_dir}: wait for it, or use another --log_dir"
             )
-        stays = [f for f in range(N_FOLDS) if any(log_dir.glob(f"fold={f}-*.ckpt")) and not (fresh and f in args.folds)]
+        removed = args.folds if args.fresh else []
+        stays = [fold for fold in range(N_FOLDS) if any(log_dir.glob(f"fold={fold}-*.ckpt")) and fold not in removed]
+        record = {"options": options, "fingerprints": fingerprints}
+        changes = []
         if path.exists() and (stays or busy):
-            changes = list_changes(read_hparams(log_dir), options, fingerprints)
-            if changes:
-                raise InputError(
-                    f"{log_dir} holds folds that were trained differently: {'; '.join(changes)}. "
-                    f"Use another --log_dir, or train all anew with --fresh --folds {' '.join(map(str, range(N_FOLDS)))}"
-                )
-        else:
+            before = read_hparams(log_dir)
+            changes = list_changes(before, options, fingerprints)
+            record["accepted_changes"] = before.get("accepted_changes", []) + list(changes.values())
+        if changes and (not args.accept_changes or COMMON & set(changes)):
+            raise InputError(
+                f"{log_dir} holds folds that were trained differently: {'; '.join(changes.values())}. "
+                f"Use another --log_dir, train all anew with --fresh --folds {' '.join(map(str, range(N_FOLDS)))}"
+                + ("" if COMMON & set(changes) else ", or keep what is there with --accept_changes")
+            )
+        if changes or not path.exists() or not (stays or busy):
             with atomic_write(path, "w") as file:
-                yaml.safe_dump({"options": options, "fingerprints": fingerprints}, file, sort_keys=False)
+                yaml.safe_dump(record, file, sort_keys=False)
             write_csv(log_dir / "folds.csv", pd.DataFrame({"image_id": image_ids, "fold": folds}))
-    if fresh:
-        for fold in args.folds:
-            remove_fold(log_dir, fold)
+        if changes:
+            say(f"note: going on in {log_dir} in spite of: {'; '.join(changes.values())}")
+    for fold in args.folds:
+        remove_torn_files(log_dir, fold)
+    for fold in removed:
+        remove_fold(log_dir, fold)
     for fold in set(locks) - set(busy) - set(args.folds):
         locks[fold].release()
     return [locks[fold] for fold in args.folds]
@@ -328,16 +372,16 @@ def lock_file(path, wait=True):
 
 
 def list_changes(before, options, fingerprints):
-    """What differs between the record of a run and a new start, as texts, but for options that change no result."""
-    changes = [
-        f"{name} was {before['options'].get(name)}, is {value}"
+    """What differs between the record of a run and a new start: dict of name to text; free options are left out."""
+    changes = {
+        name: f"{name} was {before['options'].get(name)}, is {value}"
         for name, value in options.items()
         if name not in FREE_OPTIONS and before["options"].get(name) != value
-    ]
+    }
     names = sorted(fingerprints.keys() | before["fingerprints"].keys())
-    return changes + [
-        f"{name}: changed" for name in names if before["fingerprints"].get(name) != fingerprints.get(name)
-    ]
+    return changes | {
+        name: f"{name}: changed" for name in names if before["fingerprints"].get(name) != fingerprints.get(name)
+    }
 
 
 def make_folder(path):
@@ -359,6 +403,13 @@ def remove_fold(log_dir, fold):
         path.unlink(missing_ok=True)
 
 
+def remove_torn_files(log_dir, fold):
+    """Delete what a killed process had not finished writing of a fold; for the process that holds the fold's lock."""
+    for folder, pattern in ((".", f".fold={fold}-*"), ("metrics", f".fold={fold}.*"), (f"metrics/fold={fold}", ".*")):
+        for path in (Path(log_dir) / folder).glob(pattern):
+            path.unlink()
+
+
 def read_hparams(log_dir):
     """The record that train.py wrote: {"options": …, "fingerprints": …}."""
     path = Path(log_dir) / "hparams.yaml"
@@ -378,10 +429,16 @@ def result_path(log_dir, fold):
     return Path(log_dir) / "metrics" / f"fold={fold}" / "result.csv"
 
 
+def resume_path(log_dir, fold):
+    """Where a fold in work leaves all that it needs to go on after an interruption; gone when it is finished."""
+    return Path(log_dir) / f"fold={fold}-last.ckpt"
+
+
 def finish_fold(log_dir, fold, epoch, val_loss, val_roc_auc, checkpoint):
     """Record the result of a finished fold, then put results.csv together from all; checkpoint: its best one's name."""
     result = {"fold": fold, "epoch": epoch, "val_loss": val_loss, "val_roc_auc": val_roc_auc, "checkpoint": checkpoint}
     write_csv(result_path(log_dir, fold), pd.DataFrame([result]))
+    resume_path(log_dir, fold).unlink(missing_ok=True)
     collect_results(log_dir)
 
 

@@ -102,8 +102,7 @@ def test_an_out_of_memory_error_says_what_to_type(sample, tmp_path, monkeypatch)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "train_fold", no_room)
-    parser = build_parser("")
-    parser.add_argument("--fresh", action="store_true")
+    parser = train.parser()
     options = f"--data_dir {sample} --weights none --image_size 32 64 --train_batch_size 8 --accumulate_grad_batches 2"
     with pytest.raises(InputError, match="Type --accumulate_grad_batches 4: the same 8 photos a step, in 4 parts"):
         train.main(parse_args(parser, options.split()))
