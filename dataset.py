@@ -240,7 +240,7 @@ def decode_photo(path, image_size):
         raise BadPhoto(f"cannot be read: {error.strerror}") from error
     if not len(content):
         raise BadPhoto("is empty (0 bytes)")
-    check_jpeg(content)
+    check_jpeg(path, content)
     try:
         photo = cv2.imdecode(content, cv2.IMREAD_COLOR)
     except cv2.error as error:
@@ -255,19 +255,21 @@ def decode_photo(path, image_size):
     return cv2.cvtColor(photo, cv2.COLOR_BGR2RGB)
 
 
-def check_jpeg(content):
-    """Raise BadPhoto for a JPEG with a damaged part, uint8 (n,), which OpenCV decodes to grey or shifted pixels.
+def check_jpeg(path, content):
+    """Raise BadPhoto if `content`, uint8 (n,), is a JPEG that lacks a part, which OpenCV decodes to grey or shifted pixels.
 
-    The grey eighth-size picture needs all of the file's data, but a sixth of the time. What libjpeg also warns of but
-    decodes well, such as the bytes that some cameras leave before a marker, passes.
+    The grey eighth-size picture needs all of the file's data, but a fifth of the time. Bytes that do not belong there,
+    which some cameras leave before a marker and most damages do not, are worth a note only.
     """
     if content[:2].tobytes() != b"\xff\xd8":
         return
     try:
         simplejpeg.decode_jpeg(content, "GRAY", min_height=1, min_width=1, min_factor=8)
-    except ValueError as warning:
+    except ValueError as warning:  # or simplejpeg does not know this kind of JPEG; then OpenCV decides
         if JPEG_DAMAGE.search(str(warning)):
             raise BadPhoto(f"is damaged ({warning})") from warning
+        if "Corrupt JPEG data" in str(warning):
+            say(f"note: {path.name} may be damaged ({warning}): look at it")
 
 
 class CachedImages:
@@ -335,7 +337,7 @@ def open_cache(path, shape):
         size = images.array.offset + images.array.nbytes
         whole = images.array.shape == shape and images.array.dtype == np.uint8 and path.stat().st_size == size
         return images if whole else None
-    except (FileNotFoundError, ValueError):  # ValueError: not an array, or less of it than its header says
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # no array, or less of it than its header says
         return None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error

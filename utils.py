@@ -399,10 +399,9 @@ def finish_fold(log_dir, fold, epoch, val_loss, val_roc_auc, checkpoint):
 
 
 def read_own_csv(path):
-    """Read a CSV file that train.py wrote, numbers to the bit. Raises InputError if it is damaged or unreadable."""
+    """Read a CSV file that train.py wrote. Raises InputError if it is damaged or unreadable."""
     try:
-        # a converter keeps ids such as NA as they are
-        frame = pd.read_csv(path, converters={"image_id": str}, float_precision="round_trip")
+        frame = pd.read_csv(path, dtype={"image_id": str}, keep_default_na=False)  # NA may be an id
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
