@@ -30,9 +30,10 @@ from utils import CLASSES, InputError, atomic_write, derive_seed, lock_file, rem
 cv2.setNumThreads(0)  # OpenCV's threads would fight the loader's workers for the cores
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HARD_SHARE = 0.7  # of the mixed label in step 3, the rest is the soft label
-# libjpeg's words for data that is lost, in simplejpeg's errors; its other warnings are about oddities
+# libjpeg's words, in simplejpeg's errors, for data that is lost or a decoder gone astray
 JPEG_DAMAGE = re.compile(
-    "premature end|bad Huffman code|Unsupported (marker|JPEG process)|Bogus|Invalid JPEG file structure|Inconsistent",
+    r"premature end|bad Huffman code|Unsupported (marker|JPEG process)|Bogus|Invalid JPEG file structure|Inconsistent"
+    r"|\b\d{3,} extraneous bytes",
     re.I,
 )
 
@@ -258,8 +259,8 @@ def decode_photo(path, image_size):
 def check_jpeg(path, content):
     """Raise BadPhoto if `content`, uint8 (n,), is a JPEG that lacks a part, which OpenCV decodes to grey or shifted pixels.
 
-    The grey eighth-size picture needs all of the file's data, but a fifth of the time. Bytes that do not belong there,
-    which some cameras leave before a marker and most damages do not, are worth a note only.
+    The grey eighth-size picture needs all of the file's data, but a fifth of the time. Less than 100 bytes too many are
+    worth a note only: some cameras leave a few before a marker, and few damages do.
     """
     if content[:2].tobytes() != b"\xff\xd8":
         return
