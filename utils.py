@@ -279,9 +279,22 @@ def atomic_write(path, mode="wb"):
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    except RuntimeError as error:  # what torch.save makes of an OSError of the file that it writes to
+        if not isinstance(error.__context__, OSError):
+            raise
+        raise InputError(f"cannot write {path}: {error.__context__.strerror}") from error
     finally:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def remove_leftovers(folder, names):
+    """Delete what killed processes left of files that atomic_write was writing; names: pattern of the files' names.
+
+    Only for files whose writers hold a lock that is held now.
+    """
+    for leftover in Path(folder).glob(f".{names}.????????"):  # as tempfile names them
+        leftover.unlink(missing_ok=True)
 
 
 def _umask():
@@ -443,11 +456,16 @@ def finish_fold(log_dir, fold, epoch, val_loss, val_roc_auc, checkpoint):
 
 
 def read_own_csv(path):
-    """Read a CSV file that train.py wrote. Raises InputError if it is damaged."""
+    """Read a CSV file that train.py wrote. Raises InputError if it is damaged or unreadable."""
     try:
-        return pd.read_csv(path, dtype={"image_id": str})
+        frame = pd.read_csv(path, dtype={"image_id": str}, keep_default_na=False)  # NA may be an id
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}): train its fold anew with --fresh") from error
+    if frame.empty:
+        raise InputError(f"{path} is damaged (it has no rows): train its fold anew with --fresh")
+    return frame
 
 
 def is_finished(log_dir, fold):
