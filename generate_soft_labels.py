@@ -19,6 +19,7 @@ from utils import (
     prepare_prediction,
     read_folds,
     say,
+    stop_cleanly,
     write_csv,
 )
 
@@ -42,4 +43,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args(build_parser(__doc__)))
+    args = parse_args(build_parser(__doc__))
+    with stop_cleanly(lambda: f"what is predicted is kept in {args.log_dir}"):
+        main(args)

@@ -1,13 +1,16 @@
 """What learns: the network, its ImageNet weights, the Lightning module, and the one function that predicts."""
 
+import hashlib
 import os
 import re
 import socket
+import time
 from functools import cache
 from itertools import groupby
 from math import prod
 from pathlib import Path
 from urllib.parse import urlparse
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -29,7 +32,7 @@ from dataset import (
     read_test_ids,
     train_augmentation,
 )
-from utils import CLASSES, TTA_DRAWS, InputError, derive_seed, make_folder, mean_auc, say, sha256
+from utils import CLASSES, TTA_DRAWS, InputError, atomic_write, derive_seed, make_folder, mean_auc, say, sha256
 
 # The file's old home is in pretrainedmodels' settings; its certificate lapsed in 2022 and the host is often down.
 MIRRORS = {
@@ -40,6 +43,7 @@ MIRRORS = {
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer until the next source is tried
 # Pixels in one call of predict from which compiling (10 to 25 s on two cores) saves several times what it costs.
 COMPILE_FROM = 200e6
+KEEP_EVERY = 60  # seconds: how much of a prediction is lost with a machine
 
 # ---------------------------------------------------------------------------------------------- the network
 
@@ -335,37 +339,85 @@ def compile_network(network, example):
     return compiled
 
 
-def predict(networks, dataset, keys, args, title):
+class KeptPredictions:
+    """What a prediction has computed so far, in LOG_DIR/predictions/: an interrupted one goes on from there.
+
+    Belongs to the very checkpoints, photos, source files and options; of others nothing is taken over.
+    """
+
+    def __init__(self, args, name, images, keys):
+        folds = "".join(map(str, sorted({fold for fold, _, _ in keys})))
+        self.path = Path(args.log_dir) / "predictions" / f"{name}-folds={folds}.npz"
+        options = (args.fingerprint, args.image_size, args.seed, args.precision, args.val_batch_size)
+        devices = (len(args.devices), args.devices[0].type, torch.get_num_threads())
+        facts = repr((options, devices, images.path.name, keys))
+        self.identity = np.array(hashlib.sha256(facts.encode()).hexdigest())
+
+    def read(self):
+        """The softmax of the first keys, float32 (m, 4), m whole batches; m is 0 if nothing was kept."""
+        try:
+            with np.load(self.path, allow_pickle=False) as kept:
+                if kept["identity"] == self.identity:
+                    return kept["probabilities"]
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            say(f"note: {self.path} is damaged ({error}); it is made anew")
+        return np.empty((0, len(CLASSES)), np.float32)
+
+    def write(self, probabilities):
+        with atomic_write(self.path) as file:
+            np.savez(file, identity=self.identity, probabilities=probabilities)
+
+
+def predict(networks, dataset, keys, args, title, kept=None):
     """Softmax of each key (fold, draw, row) by the network of its fold: float32 (n, 4). The one place that predicts.
 
-    networks: dict of fold to LeafNet. All folds read through one loader: a batch is of one fold, and neighbouring keys
-    of one photo read it while it is in memory. The folds are spread over args.devices; nothing waits for a device
-    before the end, so that several of them compute at once. On a CPU, jobs of COMPILE_FROM pixels and more run
-    compiled, but for batches that are not full, which would be compiled once more.
+    networks: dict of fold to LeafNet; kept: KeptPredictions, for what is long. All folds read through one loader: a
+    batch is of one fold, and neighbouring keys of one photo read it while it is in memory. The folds are spread over
+    args.devices; nothing waits for a device before the end, so that several of them compute at once. On a CPU, jobs of
+    COMPILE_FROM pixels and more run compiled, but for batches that are not full, which would be compiled once more.
     """
     batches = []
     for _, run in groupby(keys, key=lambda key: key[0]):
         run = list(run)
         batches += [run[start : start + args.val_batch_size] for start in range(0, len(run), args.val_batch_size)]
+    full, before = max(map(len, batches)), kept.read() if kept else np.empty((0, len(CLASSES)), np.float32)
+    n_done = np.searchsorted(np.cumsum([len(batch) for batch in batches]), len(before), side="right")
+    if n_done == len(batches):
+        say(f"{title}: taken from {kept.path}")
+        return before
     pin = args.devices[0].type == "cuda"
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.num_workers, pin_memory=pin)
+    loader = DataLoader(dataset, batch_sampler=batches[n_done:], num_workers=args.num_workers, pin_memory=pin)
     device_of = {fold: args.devices[i % len(args.devices)] for i, fold in enumerate(networks)}
     networks = {fold: network.to(device_of[fold]) for fold, network in networks.items()}
-    full, compiled, parts = max(map(len, batches)), {}, []
     compiling = args.devices[0].type == "cpu" and len(keys) * prod(args.image_size) >= COMPILE_FROM
     if compiling:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(args.cache_dir).absolute() / "torch.compile"))
         say(f"{len(keys)} images to predict: by torch.compile")
-    with torch.inference_mode(), autocast(args.devices[0].type, args.precision):
-        for batch in tqdm(loader, desc=title, unit="batch", mininterval=1):
-            fold = int(batch["fold"][0])
-            images = normalise(batch["image"].to(device_of[fold], non_blocking=True))
-            if compiling and len(images) == full and fold not in compiled:
-                compiled[fold] = compile_network(networks[fold], images)
-                compiling = compiled[fold] is not networks[fold]
-            network = compiled.get(fold, networks[fold]) if len(images) == full else networks[fold]
-            parts.append(network(images).float().softmax(1))
-    return torch.cat([part.cpu() for part in parts]).numpy()
+    compiled, parts, written = {}, [], time.monotonic()
+
+    def so_far():
+        return np.concatenate([before, *(part.cpu().numpy() for part in parts)])
+
+    bar = tqdm(loader, desc=title, unit="batch", mininterval=1, initial=n_done, total=len(batches))
+    try:
+        with torch.inference_mode(), autocast(args.devices[0].type, args.precision):
+            for batch in bar:
+                fold = int(batch["fold"][0])
+                images = normalise(batch["image"].to(device_of[fold], non_blocking=True))
+                if compiling and len(images) == full and fold not in compiled:
+                    compiled[fold] = compile_network(networks[fold], images)
+                    compiling = compiled[fold] is not networks[fold]
+                network = compiled.get(fold, networks[fold]) if len(images) == full else networks[fold]
+                parts.append(network(images).float().softmax(1))
+                if kept and time.monotonic() > written + KEEP_EVERY:
+                    kept.write(so_far())
+                    written = time.monotonic()
+    finally:  # also if it is interrupted
+        if kept and parts:
+            kept.write(so_far())
+    return so_far()
 
 
 def predict_test(args, networks):
@@ -386,7 +438,8 @@ def predict_test(args, networks):
         for row in range(start, min(start + at_once, len(image_ids)))
         for draw in range(TTA_DRAWS)
     ]
-    probabilities = predict(networks, dataset, keys, args, f"test photos x {TTA_DRAWS} x {len(networks)}")
+    kept = KeptPredictions(args, "test", images, keys)
+    probabilities = predict(networks, dataset, keys, args, f"test photos x {TTA_DRAWS} x {len(networks)}", kept)
     mean = np.zeros((len(image_ids), len(CLASSES)))
     np.add.at(mean, [row for _, _, row in keys], probabilities)
     mean /= len(networks) * TTA_DRAWS
@@ -402,7 +455,8 @@ def predict_out_of_fold(args, train, folds, networks):
     images = cache_images("train", train["image_id"], args.data_dir, args.image_size, args.cache_dir)
     keys = [(fold, 0, int(row)) for fold in networks for row in np.flatnonzero(folds == fold)]
     dataset = LeafDataset(images, train["image_id"])
-    probabilities = predict(networks, dataset, keys, args, "out-of-fold")
+    kept = KeptPredictions(args, "out-of-fold", images, keys)
+    probabilities = predict(networks, dataset, keys, args, "out-of-fold", kept)
     soft_labels = pd.DataFrame(
         probabilities.astype(np.float64), columns=list(CLASSES), index=[row for _, _, row in keys]
     )

@@ -360,7 +360,9 @@ def start_run(args, image_ids, folds, fingerprints, devices):
         if changes:
             say(f"note: going on in {log_dir} in spite of: {'; '.join(changes.values())}")
     for fold in args.folds:
-        remove_torn_files(log_dir, fold)
+        remove_leftovers(log_dir, f"fold={fold}-*.ckpt")
+        remove_leftovers(log_dir / "metrics", f"fold={fold}.csv")
+        remove_leftovers(result_path(log_dir, fold).parent, "result.csv")
     for fold in removed:
         remove_fold(log_dir, fold)
     for fold in set(locks) - set(busy) - set(args.folds):
@@ -414,13 +416,6 @@ def remove_fold(log_dir, fold):
         *Path(log_dir).glob(f"fold={fold}-*.ckpt"),
     ]:
         path.unlink(missing_ok=True)
-
-
-def remove_torn_files(log_dir, fold):
-    """Delete what a killed process had not finished writing of a fold; for the process that holds the fold's lock."""
-    for folder, pattern in ((".", f".fold={fold}-*"), ("metrics", f".fold={fold}.*"), (f"metrics/fold={fold}", ".*")):
-        for path in (Path(log_dir) / folder).glob(pattern):
-            path.unlink()
 
 
 def read_hparams(log_dir):
@@ -527,8 +522,9 @@ def read_folds(log_dir, image_ids):
 def prepare_prediction(args):
     """What steps 2 and 4 begin with: adopt the run's options, find and name the best checkpoint of each fold.
 
-    Sets args.devices (list of torch.device) and args.precision; returns the checkpoints, DataFrame with fold and
-    checkpoint. Raises InputError for a log directory that is not complete.
+    Sets args.devices (list of torch.device), args.precision and args.fingerprint (a digest of the checkpoints and the
+    source files); returns the checkpoints, DataFrame with fold and checkpoint. Raises InputError for a log directory
+    that is not complete.
     """
     quiet_libraries()
     adopt_run_options(args)
@@ -538,6 +534,9 @@ def prepare_prediction(args):
     kind, indices = choose_device(args.gpus)
     args.precision = choose_precision(args.precision, kind)
     args.devices = [torch.device(kind, index) for index in indices]
+    files = [Path(args.log_dir) / name for name in checkpoints["checkpoint"]]
+    files += [Path(__file__).parent / name for name in SOURCES]
+    args.fingerprint = " ".join(map(sha256, files))
     if len(checkpoints) < N_FOLDS:
         say(f"note: by the networks of {len(checkpoints)} of {N_FOLDS} folds only")
     say(f"{args.backbone} on {len(indices)} x {kind}, precision {args.precision}; from {args.log_dir}:")
