@@ -337,6 +337,8 @@ def train_folds(args, data, weights, device, indices):
     for fold in args.folds:
         if is_finished(args.log_dir, fold):
             say(f"fold {fold} is finished already")
+            if is_first_process():  # killed just then, it has left this
+                resume_path(args.log_dir, fold).unlink(missing_ok=True)
             continue
         if is_first_process() and not resume_path(args.log_dir, fold).exists():
             remove_fold(args.log_dir, fold)

@@ -471,9 +471,11 @@ def is_finished(log_dir, fold):
 
 def collect_results(log_dir):
     """The results of all finished folds, DataFrame, a row a fold; also written as results.csv, for people."""
-    paths = [result_path(log_dir, fold) for fold in range(N_FOLDS)]
-    results = pd.concat([read_own_csv(path) for path in paths if path.exists()], ignore_index=True)
-    write_csv(Path(log_dir) / "results.csv", results)
+    with lock_file(Path(log_dir) / ".hparams.lock"):
+        remove_leftovers(log_dir, "results.csv")
+        paths = [result_path(log_dir, fold) for fold in range(N_FOLDS)]
+        results = pd.concat([read_own_csv(path) for path in paths if path.exists()], ignore_index=True)
+        write_csv(Path(log_dir) / "results.csv", results)
     return results
 
 

@@ -1,24 +1,29 @@
 """Real processes killed at exact moments: the same command finishes the work, with the same bytes."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import REPO, SMALL
+import yaml
+from conftest import REPO, SMALL, run_script
 
-# Runs train.py with a resume point after every epoch, and kills itself (SIGKILL) when MOMENT is reached.
+# Runs a script that keeps what it has at every opportunity, and kills itself (SIGKILL) when a moment is reached.
 KILLER = """
-import os, signal, sys
-import train
+import importlib, os, signal, sys
+import models, train
 from models import LeafModule
-from utils import parse_args
+from utils import build_parser, parse_args
 
-moment, *sys.argv[1:] = sys.argv[1:]
-train.RESUME_EVERY = 0
+script, moment, *sys.argv[1:] = sys.argv[1:]
+train.RESUME_EVERY = models.KEEP_EVERY = 0
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 kind, _, rest = moment.partition(":")
 if kind == "epoch":  # in the second batch of this epoch
@@ -28,6 +33,9 @@ if kind == "epoch":  # in the second batch of this epoch
             die()
         return step(self, batch, batch_idx)
     LeafModule.training_step = training_step
+elif kind == "batch":  # before this batch of a prediction
+    seen, normalise = iter(range(1000)), models.normalise
+    models.normalise = lambda images: die() if next(seen) == int(rest) else normalise(images)
 elif kind in ("half", "before", "after"):  # while, before or after a file with this in its name is put in its place
     replace = os.replace
     def replace_or_die(source, target):
@@ -39,21 +47,26 @@ elif kind in ("half", "before", "after"):  # while, before or after a file with 
             replace(source, target)
         die()
     os.replace = replace_or_die
-train.main(parse_args(train.parser()))
+module = importlib.import_module(script)
+module.main(parse_args(train.parser() if script == "train" else build_parser("")))
 """
-# More epochs than the six whose checkpoints are kept. One moment with the real network, the others with one whose
-# checkpoints are quicker to write.
+# More epochs than the six whose checkpoints are kept: once with the real network, else with one that is quicker.
 REAL = ["--max_epochs", 8, "--folds", 0]
-QUICK = ["--max_epochs", 8, "--folds", 0, 1, "--backbone", "resnet18"]
+LONG = ["--max_epochs", 8, "--folds", 0, "--backbone", "resnet18"]
+SHORT = ["--max_epochs", 2, "--folds", 0, 1, "--backbone", "resnet18"]
 
 
-def train_and_die(moment, sample, folder, options):
-    """Run train.py until it kills itself at `moment`, or to its end for the moment "never"."""
-    command = [sys.executable, "-c", KILLER, moment, "--data_dir", sample, *SMALL, *options]
+def run_and_die(script, moment, folder, *options):
+    """Run a script until it kills itself at `moment`, or to its end for the moment "never"; returns what it printed."""
+    command = [sys.executable, "-c", KILLER, script, moment, *options]
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     done = subprocess.run(list(map(str, command)), cwd=folder, env=environment, text=True, capture_output=True)
     assert done.returncode == (0 if moment == "never" else -signal.SIGKILL), done.stdout + done.stderr
     return done.stdout
+
+
+def train_and_die(moment, sample, folder, options):
+    return run_and_die("train", moment, folder, "--data_dir", sample, *SMALL, *options)
 
 
 def outcome(folder):
@@ -84,23 +97,22 @@ def uninterrupted(sample, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "moment, goes_on_after",
+    "moment, options, goes_on_after",
     [
-        ("epoch:0", None),  # before the first epoch is kept
-        ("epoch:7", 6),  # in the last epoch: some of the checkpoints written before are replaced already
-        ("half:epoch=4", 3),  # a checkpoint half written
-        ("after:epoch=4", 3),  # a checkpoint written, the resume point not yet
-        ("half:last.ckpt", None),  # the first resume point half written
-        ("half:fold=0.csv", None),  # the metrics half written
-        ("before:result.csv", 6),  # the fold trained, its result not written
-        ("after:result.csv", "finished"),  # the result written, nothing tidied
-        ("half:results.csv", "finished"),  # between two folds
+        ("epoch:7", REAL, 6),  # in the last epoch: some of the checkpoints written before are replaced already
+        ("epoch:0", LONG, None),  # before the first epoch is kept
+        ("half:epoch=4", LONG, 3),  # a checkpoint half written
+        ("after:epoch=4", LONG, 3),  # a checkpoint written, the resume point not yet
+        ("half:last.ckpt", SHORT, None),  # the first resume point half written
+        ("half:fold=0.csv", SHORT, None),  # the metrics half written
+        ("before:result.csv", SHORT, 0),  # the fold trained, its result not written
+        ("after:result.csv", SHORT, "finished"),  # the result written, nothing tidied
+        ("half:results.csv", SHORT, "finished"),  # between two folds
     ],
 )
 def test_a_killed_training_goes_on_with_the_same_command_to_the_same_bytes(
-    moment, goes_on_after, uninterrupted, sample, tmp_path
+    moment, options, goes_on_after, uninterrupted, sample, tmp_path
 ):
-    options = REAL if moment == "epoch:7" else QUICK
     train_and_die(moment, sample, tmp_path, options)
     printed = train_and_die("never", sample, tmp_path, options)
     if goes_on_after == "finished":
@@ -109,6 +121,193 @@ def test_a_killed_training_goes_on_with_the_same_command_to_the_same_bytes(
         assert (f"fold 0: going on after epoch {goes_on_after}" in printed) == (goes_on_after is not None)
     found = outcome(tmp_path)
     assert found == uninterrupted(options)
-    assert len([name for name in found if name.startswith("fold=0-") and name.endswith(".ckpt")]) == 6
+    checkpoints = [name for name in found if name.startswith("fold=0-") and name.endswith(".ckpt")]
+    assert len(checkpoints) == (2 if options is SHORT else 6)
     leftovers = [path.name for path in tmp_path.rglob(".*") if path.is_file() and not path.name.endswith(".lock")]
     assert not leftovers
+
+
+@pytest.fixture(scope="module")
+def trained(sample, tmp_path_factory):
+    """Two folds of a quick network, one epoch each."""
+    folder = tmp_path_factory.mktemp("trained")
+    train_and_die("never", sample, folder, ["--folds", 0, 1, "--backbone", "resnet18"])
+    return folder
+
+
+def test_a_killed_prediction_goes_on_to_the_same_bytes_and_a_finished_one_is_not_repeated(trained, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        shutil.copytree(trained, folder)
+    options = ["--folds", 0, 1, "--val_batch_size", 8, "--num_workers", 0]
+    run_and_die("generate_soft_labels", "never", whole, *options)
+    run_and_die("generate_soft_labels", "batch:1", killed, *options)  # of 4 for the 17 photos out of fold
+    run_and_die("generate_soft_labels", "batch:20", killed, *options)  # of 24 for the test photos
+    kept = np.load(next((killed / "logs" / "predictions").glob("test-*.npz")))["probabilities"]
+    assert 0 < len(kept) < 12 * 8 * 2
+    run_and_die("generate_soft_labels", "half:submission.csv", killed, *options)
+    printed = run_and_die("generate_soft_labels", "never", killed, *options)
+    assert "out-of-fold: taken from" in printed and "test photos x 8 x 2: taken from" in printed
+    for name in ("soft_labels.csv", "submission.csv"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_kept_predictions_of_other_checkpoints_or_options_are_not_taken(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    predict = ["generate_soft_labels.py", "--folds", 0, 1, "--num_workers", 0]
+    assert "taken from" not in run_script(*predict, cwd=tmp_path / "run").stdout
+    assert "taken from" in run_script(*predict, cwd=tmp_path / "run").stdout
+    assert "taken from" not in run_script(*predict, "--val_batch_size", 4, cwd=tmp_path / "run").stdout
+    checkpoint = next((tmp_path / "run" / "logs").glob("fold=0-*.ckpt"))
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"]["network.fc.bias"] += 1
+    torch.save(content, checkpoint)
+    assert "taken from" not in run_script(*predict, "--val_batch_size", 4, cwd=tmp_path / "run").stdout
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_say_what_is_kept_and_leave_no_process_behind(number, status, sample, tmp_path):
+    command = [sys.executable, REPO / "train.py", "--data_dir", sample, *SMALL, "--folds", 2, "--backbone", "resnet18"]
+    options = ["--max_epochs", 5000, "--num_workers", 2]
+    process = subprocess.Popen(
+        list(map(str, [*command, *options])),
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    metrics = tmp_path / "logs" / "metrics" / "fold=2.csv"
+    wait_until(metrics.exists, process)
+    os.killpg(process.pid, number)  # as the terminal does, to the loader's workers too
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "stopped: no epoch was kept yet; the same command goes on from there" in printed.splitlines()[-1]
+    wait_until(lambda: not is_alive(process.pid), process)
+
+
+def test_an_interrupted_prediction_keeps_what_it_has(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    command = [sys.executable, REPO / "generate_soft_labels.py", "--folds", 0, 1, "--val_batch_size", 1]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=tmp_path / "run", text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    wait_until((tmp_path / "run" / "soft_labels.csv").exists, process)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and not (tmp_path / "run" / "submission.csv").exists()
+    assert "stopped: what is predicted is kept in logs; the same command goes on from there" in printed.splitlines()[-1]
+
+
+def wait_until(condition, process):
+    """Wait, a minute at most, for something that a running process brings about."""
+    for _ in range(1200):
+        if condition():
+            return
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError("waited in vain")
+
+
+def is_alive(group):
+    """Whether a process of this process group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_moved_log_directory_still_knows_its_best_checkpoints(uninterrupted, sample, tmp_path):
+    (tmp_path / "here").mkdir()
+    train_and_die("epoch:7", sample, tmp_path / "here", LONG)
+    (tmp_path / "here").rename(tmp_path / "there")
+    train_and_die("never", sample, tmp_path / "there", LONG)
+    assert outcome(tmp_path / "there") == uninterrupted(LONG)
+
+
+def test_changed_options_are_accepted_only_on_demand_and_recorded(trained, sample, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    train = ["train.py", "--data_dir", sample, *SMALL, "--folds", 0, 1, "--backbone", "resnet18"]
+    refused = run_script(*train, "--max_epochs", 2, cwd=tmp_path / "run", check=False)
+    assert refused.returncode == 1 and "max_epochs was 1, is 2" in refused.stderr
+    assert "keep what is there with --accept_changes" in refused.stderr
+    accepted = run_script(*train, "--max_epochs", 2, "--accept_changes", cwd=tmp_path / "run").stdout
+    assert "in spite of: max_epochs was 1, is 2" in accepted and accepted.count("is finished already") == 2
+    record = yaml.safe_load((tmp_path / "run" / "logs" / "hparams.yaml").read_text())
+    assert record["accepted_changes"] == ["max_epochs was 1, is 2"] and record["options"]["max_epochs"] == 2
+    assert "accept_changes" not in record["options"]
+    for common in (["--image_size", 64, 64], ["--seed", 1]):  # the folds could not be put together any more
+        refused = run_script(*train, *common, "--accept_changes", cwd=tmp_path / "run", check=False)
+        assert refused.returncode == 1 and "keep what is there" not in refused.stderr
+
+
+def test_an_edited_source_file_is_noticed(trained, sample, tmp_path):
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    for path in REPO.glob("*.py"):
+        shutil.copy(path, sources)
+    shutil.copytree(trained, tmp_path / "run")
+    train = [str(sources / "train.py"), "--data_dir", sample, *SMALL, "--folds", 0, "--backbone", "resnet18"]
+    assert "fold 0 is finished already" in run_script(*train, cwd=tmp_path / "run").stdout
+    with open(sources / "dataset.py", "a") as file:
+        file.write("# another augmentation\n")
+    refused = run_script(*train, cwd=tmp_path / "run", check=False)
+    assert refused.returncode == 1 and "dataset.py: changed" in refused.stderr and "finished" not in refused.stdout
+
+
+# ---- files that cannot be written, and files that cannot be trusted
+
+
+def test_a_full_disk_is_said_by_file_name_and_a_rerun_finishes(sample, tmp_path):
+    """A limit on the size of files does what a full disk does, and works for every user."""
+    resource = pytest.importorskip("resource")
+    options = ["--folds", 0, "--backbone", "resnet18"]
+    command = [sys.executable, REPO / "train.py", "--data_dir", sample, *SMALL, *options]
+    failed = subprocess.run(
+        list(map(str, command)),
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000)),
+    )
+    assert failed.returncode == 1
+    assert "error: cannot write" in failed.stderr and "fold=0-epoch=0-" in failed.stderr.splitlines()[-1]
+    assert "Traceback" not in failed.stderr
+    assert not [path for path in (tmp_path / "logs").iterdir() if "ckpt" in path.name]
+    run_script("train.py", "--data_dir", sample, *SMALL, *options, cwd=tmp_path)
+    assert (tmp_path / "logs" / "results.csv").exists()
+
+
+class Harmful:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    checkpoint = next((tmp_path / "run" / "logs").glob("fold=0-*.ckpt"))
+    torch.save({"state_dict": Harmful(tmp_path / "ran")}, checkpoint)
+    torch.load(checkpoint, weights_only=False)
+    assert (tmp_path / "ran").exists()  # it is harmful
+    (tmp_path / "ran").unlink()
+    refused = run_script("generate_soft_labels.py", "--folds", 0, 1, cwd=tmp_path / "run", check=False)
+    assert refused.returncode == 1 and not (tmp_path / "ran").exists()
+    assert f"{checkpoint.name} cannot be loaded as a checkpoint" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_damaged_checkpoints_are_refused_by_name(trained, sample, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    logs = tmp_path / "run" / "logs"
+    checkpoint = next(logs.glob("fold=1-*.ckpt"))
+    os.truncate(checkpoint, 1_000_000)
+    refused = run_script("generate_soft_labels.py", "--folds", 0, 1, cwd=tmp_path / "run", check=False)
+    assert refused.returncode == 1 and f"{checkpoint.name} cannot be loaded" in refused.stderr
+    checkpoint.rename(logs / "fold=1-last.ckpt")  # a resume point
+    train = ["train.py", "--data_dir", sample, *SMALL, "--folds", 1, "--backbone", "resnet18"]
+    refused = run_script(*train, cwd=tmp_path / "run", check=False)
+    assert refused.returncode == 1 and "fold=1-last.ckpt cannot be loaded" in refused.stderr
+    assert "--fresh" in refused.stderr and "Traceback" not in refused.stderr

@@ -8,7 +8,7 @@ import torch
 import models
 import train
 from dataset import LeafDataset
-from utils import build_parser, parse_args, split_folds
+from utils import InputError, build_parser, parse_args, split_folds
 
 AUCS = [0.50, 0.80, 0.70, 0.95, 0.60, 0.90, 0.85, 0.75]  # scripted: the best of these eight epochs is the fourth
 
@@ -95,3 +95,30 @@ def test_accumulation_splits_the_same_batch_into_parts(watched):
 def test_gradients_are_clipped_at_the_norm_asked_for(watched):
     _, seen = watched("--gradient_clip_val", "0.25", "--max_epochs", "1")
     assert seen["norms"] == pytest.approx([0.25] * 2, abs=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_fold_with_the_photos_of_its_batch(monkeypatch, tmp_path):
+    args = parse_args(
+        train.parser(),
+        f"--log_dir {tmp_path} --folds 1 --max_epochs 3 --train_batch_size 8 --num_workers 0 --precision 32".split(),
+    )
+    photos = np.random.default_rng(0).integers(0, 256, (20, 32, 64, 3), dtype=np.uint8)
+    labels = np.eye(4, dtype=np.float32)[np.arange(20) % 4]
+    folds, batches = split_folds(20, args.seed), []
+    data = train.TrainingData(pd.Series([f"Train_{i}" for i in range(20)]), folds, labels, labels, photos)
+    step = models.LeafModule.training_step
+
+    def poisoned(self, batch, batch_idx):
+        if self.current_epoch == 1 and batch_idx == 1:
+            batch["label"][3] = np.inf
+            batches.append(batch["row"].tolist())
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(models.LeafModule, "training_step", poisoned)
+    with pytest.raises(InputError, match="fold 1 stopped: the loss is (nan|inf) for the batch of Train_") as error:
+        train.train_folds(args, data, None, "cpu", [0])
+    named = str(error.value).split("batch of ")[1].split(". ")[0].split(", ")
+    assert named == [f"Train_{row}" for row in batches[0]] and len(named) == 8
+    kept = [path.name.split("-val")[0] for path in tmp_path.glob("*.ckpt")]
+    assert kept == ["fold=1-epoch=0"]  # the last good one
+    assert len(pd.read_csv(tmp_path / "metrics" / "fold=1.csv")) == 1
