@@ -129,8 +129,8 @@ def mix_labels(hard, soft):
 # ---------------------------------------------------------------------------------------------- the photos
 
 
-def load_photo(path, image_size):
-    """Decode one photo, transpose it if it is portrait, resize it bilinearly: uint8 (height, width, 3), RGB.
+def decode_photo(path):
+    """Decode one photo, turned as its EXIF orientation says: uint8 (height, width, 3), RGB.
 
     Raises InputError if the file is missing or no picture.
     """
@@ -138,13 +138,22 @@ def load_photo(path, image_size):
         content = np.fromfile(path, np.uint8)  # not imread: on Windows that fails for names beyond ASCII
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    photo = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
+    photo = cv2.imdecode(content, cv2.IMREAD_COLOR_RGB) if len(content) else None
     if photo is None:
         raise InputError(f"{path} cannot be decoded as a photo")
+    return photo
+
+
+def fit_photo(photo, image_size):
+    """A photo as the network sees it: transposed if it is portrait, resized bilinearly to (height, width)."""
     if photo.shape[0] > photo.shape[1]:
         photo = cv2.transpose(photo)
-    photo = cv2.resize(photo, (image_size[1], image_size[0]), interpolation=cv2.INTER_LINEAR)
-    return cv2.cvtColor(photo, cv2.COLOR_BGR2RGB)
+    return cv2.resize(photo, (image_size[1], image_size[0]), interpolation=cv2.INTER_LINEAR)
+
+
+def load_photo(path, image_size):
+    """`fit_photo` of `decode_photo`: uint8 (height, width, 3), RGB. Raises InputError as that does."""
+    return fit_photo(decode_photo(path), image_size)
 
 
 class CachedImages:
