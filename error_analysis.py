@@ -224,8 +224,9 @@ def draw_charts(table, metrics, best):
         "roc": figures.draw_roc(labels, probabilities),
         "confusion": figures.draw_confusion(labels, probabilities.argmax(1)),
         "reliability": figures.draw_reliability(labels, probabilities),
-        "epochs": figures.draw_epochs(metrics, best),
-        "learning_rate": figures.draw_learning_rate(metrics),
+        "loss": figures.draw_epochs(metrics, "val_loss", "loss: validation, training (dashed)", dashed="train_loss"),
+        "auc": figures.draw_epochs(metrics, "val_roc_auc", "validation AUC; dot: the epoch in use", best=best),
+        "learning_rate": figures.draw_epochs(metrics, "lr", "learning rate"),
     }
 
 

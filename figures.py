@@ -99,32 +99,25 @@ def draw_reliability(labels, probabilities, bins=10):
 
 
 @in_page_style
-def draw_epochs(metrics, best):
-    """Loss and AUC of each epoch and fold. metrics: dict of fold to LOG_DIR/metrics/fold=K.csv; best: fold to epoch."""
-    figure, (losses, aucs) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for (fold, rows), colour in zip(metrics.items(), COLOURS, strict=False):
-        losses.plot(rows["epoch"], rows["train_loss"], "--", color=colour, linewidth=1)
-        losses.plot(rows["epoch"], rows["val_loss"], color=colour, label=f"fold {fold}")
-        aucs.plot(rows["epoch"], rows["val_roc_auc"], color=colour, label=f"fold {fold}")
-        aucs.plot(best[fold], rows.set_index("epoch")["val_roc_auc"][best[fold]], "o", color=colour)
-    losses.set(xlabel="epoch", ylabel="loss: validation, and training (dashed)")
-    aucs.set(xlabel="epoch", ylabel="validation AUC; dot: the epoch in use")
-    for axes in (losses, aucs):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    aucs.legend()
-    return as_svg(figure)
+def draw_epochs(metrics, column, label, dashed=None, best=None):
+    """A column of the metrics at each epoch, a line a fold → SVG.
 
-
-@in_page_style
-def draw_learning_rate(metrics):
-    """The learning rate of each epoch as it was run, of all folds; equal ones lie on each other."""
-    figure, axes = plt.subplots(figsize=(10, 2.8), layout="constrained")
-    for (fold, rows), colour, width in zip(metrics.items(), COLOURS, (6, 4.8, 3.6, 2.4, 1.2), strict=False):
-        axes.plot(rows["epoch"], rows["lr"], "o-", color=colour, linewidth=width, markersize=3, label=f"fold {fold}")
-    axes.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    metrics: dict of fold to LOG_DIR/metrics/fold=K.csv; dashed: a second column, drawn so; best: dict of fold to the
+    epoch that gets a dot. Lines of later folds are thinner, so that equal ones can be seen lying on each other.
+    """
+    figure, axes = plt.subplots(figsize=(5, 4.6), layout="constrained")
+    for position, ((fold, rows), colour) in enumerate(zip(metrics.items(), COLOURS, strict=False)):
+        if dashed is not None:
+            axes.plot(rows["epoch"], rows[dashed], "--", color=colour, linewidth=1)
+        width = 1.3 + 0.5 * (len(metrics) - 1 - position)
+        axes.plot(rows["epoch"], rows[column], color=colour, label=f"fold {fold}", linewidth=width)
+        if best is not None:
+            axes.plot(best[fold], rows.set_index("epoch")[column][best[fold]], "o", color=colour, markersize=8)
+    axes.set(xlabel="epoch", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(ncols=len(metrics))
+    if column == "lr":
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes.legend()
     return as_svg(figure)
 
 
