@@ -161,7 +161,7 @@ class Photos:
 
         def look(row):
             photo = shrink(self.decode(row))
-            return data_uri(shrink(photo, THUMBNAIL), 70), hash_photo(photo)
+            return data_uri(shrink(photo, THUMBNAIL), 60), hash_photo(photo)
 
         with ThreadPoolExecutor() as pool:
             looked = pool.map(look, self.table.index)
