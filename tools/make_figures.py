@@ -3,7 +3,7 @@
   python -m tools.make_figures
 
 Reads   demo/: sample/, logs/ (run `make demo` first).
-Writes  docs/schedule.png, docs/augmentations.png, docs/tta.png.
+Writes  docs/schedule.png, docs/augmentations.png, docs/tta.png (docs/error_analysis.jpg is a browser's screenshot).
 """
 
 import argparse
