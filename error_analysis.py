@@ -159,12 +159,12 @@ class Photos:
     def look(self):
         """A thumbnail of each, list of data URIs, and their perceptual hashes, int8 (n, 4, 64)."""
 
-        def look(row):
+        def look_at(row):
             photo = shrink(self.decode(row))
             return data_uri(shrink(photo, THUMBNAIL), 60), hash_photo(photo)
 
         with ThreadPoolExecutor() as pool:
-            looked = pool.map(look, self.table.index)
+            looked = pool.map(look_at, self.table.index)
             thumbnails, hashes = zip(*tqdm(looked, "look at photos", len(self.table), unit="photo"), strict=True)
         return list(thumbnails), np.array(hashes)
 
