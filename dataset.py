@@ -217,20 +217,13 @@ class BadPhoto(ValueError):
     """What is wrong with a photo, without its name."""
 
 
-def load_photo(path, image_size):
-    """Decode one photo, transpose it if it is portrait, resize it bilinearly: uint8 (height, width, 3), RGB.
+def decode_photo(path):
+    """Decode one photo, turned as its EXIF orientation says: uint8 (height, width, 3), RGB.
 
-    Its content decides the format, not its name; EXIF's orientation is respected; grey, CMYK, 16-bit and transparent
-    pictures become RGB of 8 bits. Raises InputError if the file is missing, damaged or no picture.
+    Its content decides the format, not its name; grey, CMYK, 16-bit and transparent pictures become RGB of 8 bits.
+    Raises BadPhoto if the file is missing, damaged or no picture.
     """
-    try:
-        return decode_photo(Path(path), image_size)
-    except BadPhoto as problem:
-        raise InputError(f"{path} {problem}") from problem
-
-
-def decode_photo(path, image_size):
-    """What load_photo does; raises BadPhoto."""
+    path = Path(path)
     try:
         content = np.fromfile(path, np.uint8)  # not imread: on Windows that fails for names beyond ASCII
     except FileNotFoundError as error:
@@ -243,17 +236,34 @@ def decode_photo(path, image_size):
         raise BadPhoto("is empty (0 bytes)")
     check_jpeg(path, content)
     try:
-        photo = cv2.imdecode(content, cv2.IMREAD_COLOR)
+        photo = cv2.imdecode(content, cv2.IMREAD_COLOR_RGB)
     except cv2.error as error:
         limit = "MAX_IMAGE_PIXELS" in str(error)
         reason = "it has more than 2^30 pixels" if limit else str(error).splitlines()[0]
         raise BadPhoto(f"cannot be decoded as a photo: {reason}") from error
     if photo is None:
         raise BadPhoto("cannot be decoded as a photo")
+    return photo
+
+
+def read_photo(path):
+    """`decode_photo`, but raises InputError, naming the file."""
+    try:
+        return decode_photo(path)
+    except BadPhoto as problem:
+        raise InputError(f"{path} {problem}") from problem
+
+
+def fit_photo(photo, image_size):
+    """A photo as the network sees it: transposed if it is portrait, resized bilinearly to (height, width)."""
     if photo.shape[0] > photo.shape[1]:
         photo = cv2.transpose(photo)
-    photo = cv2.resize(photo, (image_size[1], image_size[0]), interpolation=cv2.INTER_LINEAR)
-    return cv2.cvtColor(photo, cv2.COLOR_BGR2RGB)
+    return cv2.resize(photo, (image_size[1], image_size[0]), interpolation=cv2.INTER_LINEAR)
+
+
+def load_photo(path, image_size):
+    """`fit_photo` of `read_photo`: uint8 (height, width, 3), RGB. Raises InputError as that does."""
+    return fit_photo(read_photo(path), image_size)
 
 
 def check_jpeg(path, content):
@@ -358,7 +368,7 @@ def build_cache(path, photos, shape, title):
 
     def attempt(photo):
         try:
-            return decode_photo(photo, shape[1:3])
+            return fit_photo(decode_photo(photo), shape[1:3])
         except BadPhoto as problem:
             return f"{photo.name} {problem}"
 

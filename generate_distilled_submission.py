@@ -8,7 +8,7 @@ Expect  0.98422 public and 0.98135 private at Kaggle (published).
 """
 
 from models import load_networks, predict_test
-from utils import build_parser, parse_args, prepare_prediction, say, stop_cleanly, write_csv
+from utils import GO_ON, build_parser, parse_args, prepare_prediction, say, stop_cleanly, write_csv
 
 
 def main(args):
@@ -20,5 +20,5 @@ def main(args):
 
 if __name__ == "__main__":
     args = parse_args(build_parser(__doc__, log_dir="logs_submit_distill"))
-    with stop_cleanly(lambda: f"what is predicted is kept in {args.log_dir}"):
+    with stop_cleanly(lambda: f"what is predicted is kept in {args.log_dir}; {GO_ON}"):
         main(args)

@@ -12,6 +12,7 @@ from dataset import read_train_csv
 from models import load_networks, predict_out_of_fold, predict_test
 from utils import (
     CLASSES,
+    GO_ON,
     build_parser,
     column_aucs,
     mean_auc,
@@ -44,5 +45,5 @@ def main(args):
 
 if __name__ == "__main__":
     args = parse_args(build_parser(__doc__))
-    with stop_cleanly(lambda: f"what is predicted is kept in {args.log_dir}"):
+    with stop_cleanly(lambda: f"what is predicted is kept in {args.log_dir}; {GO_ON}"):
         main(args)

@@ -88,12 +88,13 @@ class LeafNet(nn.Module):
         for unused in ("last_linear", "avg_pool", "avgpool", "dropout", "AuxLogits"):
             if isinstance(getattr(self.backbone, unused, None), nn.Module):
                 delattr(self.backbone, unused)
+        self.maps = nn.Identity()  # what the last convolutional stage gives, a place for the heat maps to hook in
         self.bn = nn.BatchNorm1d(n_features)
         self.bn.bias.requires_grad_(False)
         self.fc = nn.Linear(n_features, len(CLASSES))
 
     def forward(self, images):
-        maps = self.backbone.features(images)
+        maps = self.maps(self.backbone.features(images))
         with torch.autocast(images.device.type, enabled=False):
             pooled = self.bn(maps.float().mean((2, 3)))
             return self.fc(F.normalize(pooled, dim=1))

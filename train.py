@@ -42,6 +42,7 @@ from dataset import (
 from models import LeafModule, LeafNet, LossNotFinite, find_weights, load_backbone_weights, load_checkpoint
 from utils import (
     CLASSES,
+    GO_ON,
     SOURCES,
     InputError,
     Stopped,
@@ -301,7 +302,7 @@ def describe_kept(args):
         path = resume_path(args.log_dir, fold)
         if path.exists():
             texts.append(f"fold {fold} kept up to epoch {len(load_checkpoint(path)['rows']) - 1}")
-    return ", ".join(texts) or "no epoch was kept yet"
+    return f"{', '.join(texts) or 'no epoch was kept yet'}; {GO_ON}"
 
 
 def launch_processes(n):

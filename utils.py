@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import KFold
 
+GO_ON = "the same command goes on from there"
 CLASSES = ("healthy", "multiple_diseases", "rust", "scab")
 N_FOLDS = 5
 TTA_DRAWS = 8
@@ -65,7 +66,7 @@ def stop_cleanly(kept):
         yield
     except Stopped:
         if text := kept():
-            say(f"stopped: {text}; the same command goes on from there")
+            say(f"stopped: {text}")
         raise
     finally:
         for number, handler in before.items():

@@ -34,3 +34,17 @@ def sample(tmp_path_factory):
     size = ["--n_train", 41, "--n_test", 12, "--photo_size", 96, 144]
     run_script("tools.generate_sample_data", "--out", folder, *size, cwd=folder.parent)
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with a rendered data set, leaves/, and in logs/ the first fold trained on it, well enough to mean something.
+
+    160 labelled and 80 unlabelled photos, a validation AUC of about 0.89 after 40 seconds.
+    """
+    folder = tmp_path_factory.mktemp("trained")
+    size = ["--n_train", 160, "--n_test", 80, "--photo_size", 128, 192]
+    run_script("tools.generate_sample_data", "--out", "leaves", *size, cwd=folder)
+    options = "--weights none --image_size 64 96 --max_epochs 4 --train_batch_size 8 --num_workers 0 --folds 0"
+    run_script("train.py", "--data_dir", "leaves", *options.split(), cwd=folder)
+    return folder

@@ -211,7 +211,7 @@ def test_the_cache_is_built_once_and_anew_when_photo_list_or_size_changes(photos
     build(photos)
     decoded = []
     real = dataset.decode_photo
-    monkeypatch.setattr(dataset, "decode_photo", lambda path, size: decoded.append(path.stem) or real(path, size))
+    monkeypatch.setattr(dataset, "decode_photo", lambda path: decoded.append(path.stem) or real(path))
     build(photos)
     assert not decoded
     cv2.imwrite(str(photos / "images" / "Train_3.jpg"), np.zeros((30, 40, 3), np.uint8))

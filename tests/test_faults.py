@@ -462,13 +462,13 @@ import sys, time
 sys.path.insert(0, {repo!r})
 import dataset
 decoded, real = [], dataset.decode_photo
-def decode_photo(path, size):
+def decode_photo(path):
     if path.stem == {stop!r}:
         print("half", flush=True)
         time.sleep(600)
     time.sleep(0.05)
     decoded.append(path)
-    return real(path, size)
+    return real(path)
 dataset.decode_photo = decode_photo
 print("ready", flush=True)
 input()
@@ -510,7 +510,7 @@ def test_a_build_that_is_killed_is_never_used_and_the_next_one_removes_its_rest(
 
 
 def test_an_interrupted_build_leaves_nothing(photos, monkeypatch):
-    def interrupt(path, size):
+    def interrupt(path):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):

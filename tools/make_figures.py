@@ -2,32 +2,23 @@
 
   python -m tools.make_figures
 
-Reads   demo/: sample/, logs/ (run `make demo` first; matplotlib is in requirements-dev.txt).
-Writes  docs/schedule.png, docs/augmentations.png, docs/tta.png.
+Reads   demo/: sample/, logs/ (run `make demo` first).
+Writes  docs/schedule.png, docs/augmentations.png, docs/tta.png (docs/error_analysis.jpg is a browser's screenshot).
 """
 
 import argparse
-import random
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 
-from dataset import (
-    LeafDataset,
-    augmentation_parts,
-    load_photo,
-    normalise,
-    read_test_ids,
-    read_train_csv,
-    train_augmentation,
-)
+from dataset import decode_photo, fit_photo, load_photo, normalise, read_test_ids, read_train_csv
+from figures import augmentation_pictures, tta_views
 from models import load_network, make_schedule
 from tools.demo import FOLDER, REPO
-from utils import CLASSES, TTA_DRAWS, HelpFormatter, read_hparams, read_results
+from utils import CLASSES, HelpFormatter, read_hparams, read_results
 
 DOCS = REPO / "docs"
 SIZE = (256, 384)  # the sample's own, so that nothing is blurred by resizing
@@ -66,38 +57,26 @@ def draw_grid(path, pictures, columns, width=3.0):
     figure.savefig(path, dpi=90)
 
 
-def augmentation_pictures(photo):
-    """One draw of each part of the training augmentation, and of the whole."""
-    whole = train_augmentation()
-    parts = {name.replace("_", " "): transform for name, transform in augmentation_parts(whole).items()}
-    pictures = [("the photo", photo)]
-    for seed, (title, transform) in enumerate([*parts.items(), *[("all together", whole)] * 3]):
-        transform.set_random_state(np.random.default_rng(seed + 1), random.Random(seed + 1))
-        transform.p = 1
-        pictures.append((title, transform(image=photo)["image"]))
-    return pictures
-
-
 def tta_pictures():
     """The eight views of a test photo, with what the network of fold 0 makes of each and of their mean."""
     log_dir = FOLDER / "logs"
     options = read_hparams(log_dir)["options"]
     image_id = read_test_ids(FOLDER / "sample")[4]
     path = FOLDER / "sample" / "images" / f"{image_id}.jpg"
-    arguments = {"augmentation": train_augmentation(), "seed": options["seed"]}
-    seen = LeafDataset([load_photo(path, options["image_size"])], [image_id], **arguments)
-    shown = LeafDataset([load_photo(path, SIZE)], [image_id], **arguments)
+    photo = decode_photo(path)
+    seen, keys = tta_views(photo, image_id, 0, options["seed"], options["image_size"])
+    shown, _ = tta_views(photo, image_id, 0, options["seed"], SIZE)
     network = load_network(log_dir / read_results(log_dir, [0])["checkpoint"][0], options["backbone"])
     with torch.no_grad():
-        views = torch.stack([seen[0, draw, 0]["image"] for draw in range(TTA_DRAWS)])
+        views = torch.stack([seen[key]["image"] for key in keys])
         probabilities = network(normalise(views)).softmax(1).numpy()
 
     def caption(values):
         return ", ".join(f"{name.split('_')[0]} {value:.2f}" for name, value in zip(CLASSES, values, strict=True))
 
-    pictures = [(f"{image_id}: mean of the eight\n{caption(probabilities.mean(0))}", load_photo(path, SIZE))]
-    for draw in range(TTA_DRAWS):
-        pictures.append((f"view {draw + 1}\n{caption(probabilities[draw])}", shown[0, draw, 0]["image"].numpy()))
+    pictures = [(f"{image_id}: mean of the eight\n{caption(probabilities.mean(0))}", fit_photo(photo, SIZE))]
+    for draw, key in enumerate(keys):
+        pictures.append((f"view {draw + 1}\n{caption(probabilities[draw])}", shown[key]["image"].numpy()))
     return pictures
 
 

@@ -1,0 +1,136 @@
+"""Classify new photos with the networks of a training.
+
+  python predict.py leaf.jpg orchard/ --log_dir logs_submit_distill
+  python predict.py orchard/ --tta --heat_maps heat_maps
+
+Reads   the photos, and those in the folders and below, of any size; LOG_DIR (checkpoints, hparams.yaml).
+Writes  predictions.csv: each photo as it was named, and the mean probabilities of the folds' networks;
+        with --heat_maps a picture for each row of it: the photo, and where the networks saw the predicted class.
+Expect  the same as a table. A photo that cannot be read is named on stderr and left out; the exit status is then 1.
+"""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from dataset import LeafDataset, load_photo, read_photo, train_augmentation
+from heat_maps import SHOWN, encode_jpeg, heat_maps, overlay, shrink
+from models import load_networks, predict
+from utils import (
+    CLASSES,
+    TTA_DRAWS,
+    InputError,
+    atomic_write,
+    build_parser,
+    make_folder,
+    parse_args,
+    prepare_prediction,
+    say,
+    stop_cleanly,
+    write_csv,
+)
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".jp2"}  # what is a photo in a folder
+AT_ONCE = 256  # photos in memory
+
+
+def find_photos(names):
+    """The photos of files and folders, in that order, list of Path, none twice. A file is taken whatever its suffix."""
+    paths = []
+    for name in map(Path, names):
+        if not name.is_dir():
+            paths.append(name)
+            continue
+        files = sorted(path for path in name.rglob("*") if path.is_file())
+        photos = [path for path in files if path.suffix.lower() in SUFFIXES]
+        if len(photos) < len(files):
+            others = [str(path) for path in files if path.suffix.lower() not in SUFFIXES]
+            say(f"note: {len(others)} other files in {name} are left out: {', '.join(others[:3])}")
+        if not photos:
+            raise InputError(f"{name} holds no photo ({', '.join(sorted(SUFFIXES))})")
+        paths += photos
+    return list(dict.fromkeys(paths))
+
+
+def load_or_report(path, image_size):
+    """The photo as the networks see it, or None if it cannot be used: the reason then goes to stderr."""
+    try:
+        return load_photo(path, image_size)
+    except InputError as error:
+        print(error, file=sys.stderr, flush=True)
+        return None
+
+
+def classify(args, networks, images, names):
+    """Mean probabilities over folds, and over eight augmented views with --tta: float64 (n, 4).
+
+    images: list of uint8 (height, width, 3). `names` seed the views as image_ids do, so that a test photo sees the same
+    ones as in steps 2 and 4.
+    """
+    draws = TTA_DRAWS if args.tta else 1
+    data = LeafDataset(images, names, augmentation=train_augmentation() if args.tta else None, seed=args.seed)
+    keys = [(fold, draw, row) for fold in networks for row in range(len(images)) for draw in range(draws)]
+    probabilities = predict(networks, data, keys, args, f"{len(images)} photos x {draws} x {len(networks)}")
+    return probabilities.astype(np.float64).reshape(len(networks), len(images), draws, -1).mean((0, 2))
+
+
+def write_heat_map(path, photo, image, predicted, networks):
+    """Write the photo beside its heat map for the class `predicted`, the mean of the networks' maps, as JPEG."""
+    heat = np.mean([heat_maps(network, image[None], [predicted])[0] for network in networks.values()], axis=0)
+    photo = shrink(photo, 2 * SHOWN)
+    with atomic_write(path) as file:
+        file.write(encode_jpeg(np.hstack([photo, overlay(photo, heat)]), 90))
+
+
+def main(args):
+    paths = find_photos(args.photos)
+    networks = load_networks(args, prepare_prediction(args))
+    if args.heat_maps is not None:
+        make_folder(args.heat_maps)
+
+    parts, done = [], 0
+    for start in range(0, len(paths), AT_ONCE):
+        some = paths[start : start + AT_ONCE]
+        with ThreadPoolExecutor() as pool:
+            images = list(pool.map(lambda path: load_or_report(path, args.image_size), some))
+        good = [(path, image) for path, image in zip(some, images, strict=True) if image is not None]
+        if not good:
+            continue
+        some, images = zip(*good, strict=True)
+        probabilities = classify(args, networks, images, [path.stem for path in some])
+        parts.append(pd.DataFrame(probabilities, columns=list(CLASSES)).assign(image=[str(path) for path in some]))
+        if args.heat_maps is not None:
+            rows = zip(some, images, probabilities.argmax(1), strict=True)
+            for number, (path, image, k) in enumerate(tqdm(rows, "heat maps", len(some), unit="photo"), done + 1):
+                name = Path(args.heat_maps) / f"{number:04d}-{path.stem}-{CLASSES[k]}.jpg"
+                write_heat_map(name, read_photo(path), image, k, networks)
+        done += len(some)
+    if not parts:
+        raise InputError("no photo could be read, nothing is written")
+
+    predictions = pd.concat(parts, ignore_index=True)[["image", *CLASSES]]
+    write_csv(args.output, predictions)
+    predicted = np.array(CLASSES)[predictions[list(CLASSES)].to_numpy().argmax(1)]
+    table = predictions.assign(prediction=predicted)[["image", "prediction", *CLASSES]]
+    print(table.to_string(index=False, float_format="{:.3f}".format), flush=True)
+    say(f"wrote {args.output}: {len(predictions)} photos")
+    if len(predictions) < len(paths):
+        raise InputError(f"{len(paths) - len(predictions)} of {len(paths)} photos could not be read, see above")
+
+
+if __name__ == "__main__":
+    parser = build_parser(__doc__)
+    parser.add_argument("photos", nargs="+", metavar="PHOTO|FOLDER", help="what to classify")
+    add = parser.add_argument_group("new photos").add_argument
+    add(
+        "--tta", action="store_true", help="mean of eight augmented views, as in steps 2 and 4: slower, a little better"
+    )
+    add("--heat_maps", metavar="FOLDER", help="write where the networks looked, a picture a photo")
+    add("--output", default="predictions.csv", metavar="CSV", help="where the probabilities go")
+    args = parse_args(parser)
+    with stop_cleanly(lambda: "nothing is written yet"):
+        main(args)

@@ -1,0 +1,431 @@
+"""What error_analysis.py finds, on a really trained network: where it looks, which labels are wrong, what the page says."""
+
+import json
+import os
+import re
+import shutil
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_script
+
+import models
+from dataset import decode_photo, fit_photo, load_photo, normalise
+from error_analysis import choose_examples, find_near_duplicates, find_suspects, hash_photo, tabulate
+from heat_maps import heat_maps, overlay
+from models import load_network
+from utils import CLASSES, mean_auc
+
+N_PLANTED = 6
+COMMON = ("healthy", "rust", "scab")
+
+
+def load_trained(folder):
+    checkpoint = pd.read_csv(folder / "logs" / "results.csv")["checkpoint"][0]
+    return load_network(folder / "logs" / checkpoint, "se_resnext50_32x4d")
+
+
+def true_labels(data):
+    """Class name of each training photo of a rendered data set, before its wrong labels: Series by image_id."""
+    labels = pd.read_csv(data / "train.csv").set_index("image_id").idxmax(axis=1)
+    wrong = pd.read_csv(data / "wrong_labels.csv").set_index("image_id")["true_label"]
+    labels[wrong.index] = wrong
+    return labels
+
+
+@pytest.fixture(scope="module")
+def planted(trained, tmp_path_factory):
+    """The data of `trained` with labels as drawn, but for six planted mistakes in fold 0, and two photos alike there."""
+    data = tmp_path_factory.mktemp("planted")
+    (data / "images").mkdir()
+    for photo in (trained / "leaves" / "images").iterdir():
+        (data / "images" / photo.name).symlink_to(photo)
+    labels = true_labels(trained / "leaves")
+    folds = pd.read_csv(trained / "logs" / "folds.csv").set_index("image_id")["fold"]
+    rng = np.random.default_rng(3)
+    candidates = labels[(folds[labels.index] == 0) & labels.isin(COMMON)]
+    wrong = candidates.sample(N_PLANTED, random_state=rng)
+    given = labels.copy()
+    for image_id, label in wrong.items():
+        given[image_id] = rng.choice([name for name in COMMON if name != label])
+    rest = candidates.drop(wrong.index)
+    original, twin = rest[rest == "healthy"].index[0], rest[rest == "scab"].index[0]
+    mirrored = cv2.imread(str(data / "images" / f"{original}.jpg"))[:, ::-1]
+    (data / "images" / f"{twin}.jpg").unlink()
+    cv2.imwrite(str(data / "images" / f"{twin}.jpg"), mirrored, [cv2.IMWRITE_JPEG_QUALITY, 60])
+    one_hot = pd.get_dummies(given)[list(CLASSES)].astype(int)
+    one_hot.rename_axis("image_id").reset_index().to_csv(data / "train.csv", index=False)
+    return data, wrong, (original, twin)
+
+
+@pytest.fixture(scope="module")
+def analysed(trained, planted, tmp_path_factory):
+    """The folder in which error_analysis.py ran on the planted data with fold 0, and what it printed."""
+    folder = tmp_path_factory.mktemp("analysed")
+    options = ["--log_dir", trained / "logs", "--data_dir", planted[0], "--cache_dir", folder / "cache"]
+    done = run_script("error_analysis.py", *options, "--folds", 0, "--worst", 5, "--num_workers", 0, cwd=folder)
+    return folder, options, done.stdout
+
+
+def read_table(folder):
+    return pd.read_csv(folder / "error_analysis.csv", keep_default_na=False, dtype={"suspect": str})
+
+
+def read_page(folder):
+    return (folder / "error_analysis.html").read_text(encoding="utf-8")
+
+
+def page_photos(page):
+    return json.loads(re.search(r'<script type="application/json" id="photos">(.*?)</script>', page, re.S).group(1))
+
+
+# ---------------------------------------------------------------------------------------------- heat maps
+
+
+def spot_mask(photo, spots):
+    mask = np.zeros(photo.shape[:2], np.uint8)
+    for spot in spots.itertuples():
+        cv2.circle(mask, (round(spot.x), round(spot.y)), round(spot.radius), 1, -1)
+    return mask.astype(bool)
+
+
+def test_heat_maps_of_rust_lie_on_the_spots_that_were_drawn(trained):
+    leaves = trained / "leaves"
+    labels, lesions = pd.read_csv(leaves / "test_labels.csv"), pd.read_csv(leaves / "lesions.csv")
+    network, gains = load_trained(trained), []
+    for image_id in labels["image_id"][labels["rust"] == 1]:  # test photos: no network has seen them
+        photo = decode_photo(leaves / "images" / f"{image_id}.jpg")
+        # the photo's own size, twice that of training: a map of 4 x 6 places, where 2 x 3 could hardly be wrong
+        heat = heat_maps(network, fit_photo(photo, (128, 192))[None], [CLASSES.index("rust")])[0]
+        heat = heat.T if photo.shape[0] > photo.shape[1] else heat
+        mask = spot_mask(photo, lesions[lesions["image_id"] == image_id])
+        gains.append(heat[mask].sum() / heat.sum() / mask.mean())
+    assert len(gains) > 20
+    assert np.mean(gains) > 1.4  # 1 is chance
+    assert np.mean(np.array(gains) > 1) > 0.75
+
+
+def test_heat_maps_are_grad_cam_with_the_batch_norm_before_the_pooling_and_do_not_depend_on_folding(
+    trained, monkeypatch
+):
+    monkeypatch.setattr(models, "fold_batch_norm", lambda module: None)
+    unfolded = load_trained(trained)
+    monkeypatch.undo()
+    names = pd.read_csv(trained / "leaves" / "test.csv")["image_id"][:4]
+    images = np.stack([load_photo(trained / "leaves" / "images" / f"{name}.jpg", (64, 96)) for name in names])
+    classes = [0, 1, 2, 3]
+    maps = heat_maps(load_trained(trained), images, classes)
+    assert maps.shape == (4, 64, 96) and maps.dtype == np.float32
+    np.testing.assert_allclose(maps, heat_maps(unfolded, images, classes), atol=1e-4)
+
+    with torch.no_grad():
+        plain = unfolded(normalise(torch.from_numpy(images)))
+        features = unfolded.backbone.features(normalise(torch.from_numpy(images)))
+    head = unfolded.bn
+    scale = (head.weight / (head.running_var + head.eps).sqrt())[:, None, None]
+    early = ((features - head.running_mean[:, None, None]) * scale).detach().requires_grad_()
+    logits = unfolded.fc(F.normalize(early.mean((2, 3)), dim=1))
+    torch.testing.assert_close(logits, plain, atol=1e-5, rtol=0)
+    logits[range(4), classes].sum().backward()
+    expected = (early.grad.mean((2, 3), keepdim=True) * early).sum(1).relu().detach().numpy()
+    for heat, cells in zip(maps, expected, strict=True):
+        resized = cv2.resize((cells - cells.min()) / np.ptp(cells), (96, 64))
+        np.testing.assert_allclose(heat, (resized - resized.min()) / np.ptp(resized), atol=1e-4)
+
+
+def test_an_overlay_lies_as_the_photo_does():
+    heat = np.zeros((4, 8), np.float32)
+    heat[0, 7] = 1  # in a lying map top right; the portrait photo was transposed, so there it's bottom left
+    for shape, corner in (((40, 80), (0, 79)), ((80, 40), (79, 0))):
+        photo = np.full((*shape, 3), 100, np.uint8)
+        changed = np.abs(overlay(photo, heat).astype(int) - 100).sum(2)
+        assert changed[corner] == changed.max() > 50
+        assert (changed == 0).mean() > 0.7
+
+
+# ---------------------------------------------------------------------------------------------- suspects
+
+
+def test_the_ranking_finds_planted_wrong_labels(analysed, planted):
+    table, wrong = read_table(analysed[0]), planted[1]
+    suspects = table[table["suspect"] != ""].assign(rank=lambda rows: rows["suspect"].astype(int)).sort_values("rank")
+    assert suspects["rank"].tolist() == list(range(1, len(suspects) + 1))
+    first = suspects.head(10)
+    found = first[first["image_id"].isin(wrong.index)]
+    assert len(found) >= 4  # of 6; 10 of these 32 photos drawn at random would hold 2
+    assert (found["suspected_label"] == wrong[found["image_id"]].to_numpy()).mean() > 0.5
+    assert (suspects["suspected_label"] != suspects["label"]).all()
+    assert (table["suspected_label"] != "").tolist() == (table["suspect"] != "").tolist()
+
+
+def test_suspects_of_good_probabilities_are_wrong_labels_only():
+    rng = np.random.default_rng(0)
+    truth = np.repeat([0, 1, 2, 3], [60, 12, 70, 60])
+    probabilities = 0.8 * np.eye(4)[truth] + 0.2 * rng.dirichlet(np.ones(4), len(truth))
+    labels = truth.copy()
+    planted = [3, 20, 90, 150, 180]
+    labels[planted] = (truth[planted] + 2) % 4
+    assert len(find_suspects(labels, probabilities)) >= 3 and set(find_suspects(labels, probabilities)) <= set(planted)
+    assert len(find_suspects(truth, probabilities)) == 0
+
+
+def test_near_duplicates_are_found_mirrored_turned_and_recompressed_and_nothing_else(trained):
+    paths = sorted((trained / "leaves" / "images").glob("Test_*.jpg"))[:30]
+    photos = [decode_photo(path) for path in paths]
+    source = photos[4]
+    again = cv2.imdecode(cv2.imencode(".jpg", source, [cv2.IMWRITE_JPEG_QUALITY, 40])[1], cv2.IMREAD_COLOR)
+    changed = [source[::-1], np.rot90(source), cv2.resize(again, (96, 64)), cv2.convertScaleAbs(source, alpha=1.1)]
+    hashes = np.array([hash_photo(np.ascontiguousarray(photo)) for photo in [*photos, *changed]])
+    alike = [4, 30, 31, 32, 33]
+    assert sorted(find_near_duplicates(hashes)) == [(i, j) for i in alike for j in alike if i < j]
+
+
+def test_contradicting_near_duplicates_are_listed(analysed, planted):
+    folder, _, printed = analysed
+    original, twin = planted[2]
+    table = read_table(folder).set_index("image_id")
+    assert table.loc[original, "near_duplicates"] == twin and table.loc[twin, "near_duplicates"] == original
+    assert (table["near_duplicates"] != "").sum() == 2
+    assert "1 pairs of near-duplicates (1 of contradicting labels, 0 in different folds)" in printed
+    section = re.search(r'<section id="duplicates">(.*?)</section>', read_page(folder), re.S).group(1)
+    assert original in section and twin in section and "Contradicting labels: 1" in section
+
+
+# ---------------------------------------------------------------------------------------------- the table and the page
+
+
+def test_the_table_holds_what_the_network_makes_of_photos_it_has_not_seen(analysed, trained, planted):
+    table = read_table(analysed[0])
+    folds = pd.read_csv(trained / "logs" / "folds.csv")
+    given = pd.read_csv(planted[0] / "train.csv")
+    given = given[folds["fold"] == 0]
+    assert table["image_id"].tolist() == given["image_id"].tolist() and (table["fold"] == 0).all()
+    assert table["label"].tolist() == given[list(CLASSES)].idxmax(axis=1).tolist()
+    probabilities = table[list(CLASSES)].to_numpy()
+    images = np.stack([load_photo(planted[0] / "images" / f"{name}.jpg", (64, 96)) for name in table["image_id"]])
+    with torch.no_grad():
+        expected = load_trained(trained)(normalise(torch.from_numpy(images))).softmax(1).numpy()
+    np.testing.assert_allclose(probabilities, expected, atol=2e-5)
+    assert table["predicted"].tolist() == np.array(CLASSES)[expected.argmax(1)].tolist()
+    assert table["wrong"].tolist() == (table["predicted"] != table["label"]).tolist()
+    of_label = [row[row["label"]] for _, row in table.iterrows()]
+    np.testing.assert_allclose(table["loss"], -np.log(of_label), atol=1e-3)
+
+
+def test_the_numbers_of_the_page_are_those_of_the_csv(analysed):
+    folder, _, printed = analysed
+    page, table = read_page(folder), read_table(folder)
+    photos = page_photos(page)
+    for name in ("image_id", "fold", "label", "predicted", "wrong", "loss", *CLASSES, "suspected_label"):
+        assert [photo[name] for photo in photos] == table[name].tolist()
+    assert ["" if photo["suspect"] is None else str(photo["suspect"]) for photo in photos] == table["suspect"].tolist()
+    auc = mean_auc(pd.get_dummies(table["label"])[list(CLASSES)], table[list(CLASSES)])
+    shown = dict(re.findall(r'<dd id="([\w-]+)">([\d.]+)</dd>', page))
+    assert float(shown["auc"]) == pytest.approx(auc, abs=2e-4) and f"AUC {shown['auc']}" in printed
+    assert int(shown["n-wrong"]) == table["wrong"].sum() and int(shown["n-suspect"]) == (table["suspect"] != "").sum()
+
+
+def test_the_page_has_every_picture_and_needs_no_network(analysed):
+    page = read_page(analysed[0])
+    pictures, links = [], []
+
+    class Collector(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            attributes = dict(attributes)
+            pictures.extend(attributes[name] for name in ("src",) if name in attributes)
+            links.extend(attributes[name] for name in ("href", "xlink:href") if name in attributes and tag != "use")
+
+    Collector().feed(page)
+    assert all(address.startswith("data:image/jpeg;base64,") for address in pictures)
+    assert all(address.startswith(("#", "data:")) for address in links)
+    assert not re.search(r"@import|url\((?!#)", page)
+    assert page.count("<svg") == 6  # ROC, confusion, reliability, loss, AUC, learning rate
+    assert page.count('class="card" id="heat-') >= 5 + 2
+    assert "shift scale rotate" in page and page.count("<figcaption>view ") == 8
+
+
+def test_examples_are_the_worst_errors_and_the_surest_successes():
+    train = pd.DataFrame(np.eye(4)[[0, 0, 0, 0, 3]].astype(int), columns=list(CLASSES))
+    train.insert(0, "image_id", list("abcde"))
+    probabilities = pd.DataFrame(
+        [[0.9, 0.1, 0, 0], [0.7, 0.3, 0, 0], [0.2, 0.8, 0, 0], [0.1, 0.9, 0, 0], [0.6, 0, 0, 0.4]],
+        columns=list(CLASSES),
+    )
+    table = tabulate(train, np.zeros(5, int), probabilities.assign(image_id=list("abcde")))
+    worst, confident = choose_examples(table, 2)
+    assert worst == [3, 2]
+    assert confident == {"healthy": [0, 1], "multiple_diseases": [], "rust": [], "scab": []}
+
+
+# ---------------------------------------------------------------------------------------------- options and errors
+
+
+def test_near_duplicates_in_different_folds_are_a_leak(trained, planted, tmp_path):
+    """A second fold is made of the first one's network: what counts here is only which photo is in which fold."""
+    shutil.copytree(trained / "logs", tmp_path / "logs")
+    result = pd.read_csv(tmp_path / "logs" / "metrics" / "fold=0" / "result.csv")
+    checkpoint = result["checkpoint"][0]
+    renamed = checkpoint.replace("fold=0", "fold=1")
+    shutil.copy(tmp_path / "logs" / checkpoint, tmp_path / "logs" / renamed)
+    (tmp_path / "logs" / "metrics" / "fold=1").mkdir()
+    result.assign(fold=1, checkpoint=renamed).to_csv(
+        tmp_path / "logs" / "metrics" / "fold=1" / "result.csv", index=False
+    )
+    shutil.copy(tmp_path / "logs" / "metrics" / "fold=0.csv", tmp_path / "logs" / "metrics" / "fold=1.csv")
+    folds = pd.read_csv(tmp_path / "logs" / "folds.csv")
+    folds.loc[folds["image_id"] == planted[2][1], "fold"] = 1
+    folds.to_csv(tmp_path / "logs" / "folds.csv", index=False)
+    done = run_script("error_analysis.py", "--data_dir", planted[0], "--folds", 0, 1, "--worst", 2, cwd=tmp_path)
+    assert "1 pairs of near-duplicates (1 of contradicting labels, 1 in different folds)" in done.stdout
+    assert "In different folds: 1" in read_page(tmp_path)
+    assert read_table(tmp_path)["fold"].value_counts().to_dict() == folds["fold"].value_counts()[[0, 1]].to_dict()
+
+    (tmp_path / "logs" / "metrics" / "fold=1.csv").unlink()
+    done = run_script("error_analysis.py", "--data_dir", planted[0], "--folds", 0, 1, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: logs/metrics/fold=1.csv is missing")
+
+
+# ---------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A headless Chromium of 1280 x 900 pixels; skips where there is none, but for CI, which installs one."""
+    programs = shutil.which("chromium"), shutil.which("chromedriver")
+    if None in programs and not os.environ.get("CI"):
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+    flags += f"disable-component-update disable-sync user-data-dir={tmp_path_factory.mktemp('profile')}"
+    for flag in flags.split():
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
+    driver.implicitly_wait(0)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(browser, analysed):
+    """The page, freshly opened; afterwards its console must hold no error."""
+    media = [{"name": "prefers-color-scheme", "value": "light"}, {"name": "prefers-reduced-motion", "value": "reduce"}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+    screen = {"width": 1280, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    browser.get("about:blank")
+    browser.get(Path(analysed[0] / "error_analysis.html").as_uri())
+    yield browser
+    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+
+
+def find(page, selector):
+    return page.find_element("css selector", selector)
+
+
+def listed(page):
+    """The ids in the table, top to bottom."""
+    return [cell.text for cell in page.find_elements("css selector", "#rows td.id")]
+
+
+def wait_until(condition):
+    for _ in range(100):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("waited 5 seconds in vain")
+
+
+def test_the_table_sorts_by_its_headers_with_the_keyboard_too(page, analysed):
+    table = read_table(analysed[0])
+    assert listed(page) == table.sort_values("loss", ascending=False)["image_id"].tolist()
+    assert find(page, "th[data-key=loss]").get_attribute("aria-sort") == "descending"
+
+    find(page, "th[data-key=loss] button").send_keys("\ue007")  # Enter
+    assert listed(page) == table.sort_values("loss")["image_id"].tolist()
+    assert find(page, "th[data-key=loss]").get_attribute("aria-sort") == "ascending"
+
+    find(page, "th[data-key=image_id] button").click()
+    assert listed(page) == sorted(table["image_id"], key=lambda name: int(name.split("_")[1]))  # 2 before 10
+    assert find(page, "th[data-key=image_id]").get_attribute("aria-sort") == "ascending"
+    assert find(page, "th[data-key=loss]").get_attribute("aria-sort") is None
+
+    find(page, "#sort option[value=rust]").click()
+    assert listed(page) == table.sort_values("rust", ascending=False)["image_id"].tolist()
+    find(page, "#direction").click()
+    assert listed(page) == table.sort_values("rust")["image_id"].tolist()
+
+    find(page, "th[data-key=suspect] button").click()  # those without a rank come last
+    suspects = table[table["suspect"] != ""].sort_values("suspect", key=lambda column: column.astype(int))
+    assert listed(page)[: len(suspects)] == suspects["image_id"].tolist()
+
+
+def test_the_table_filters_by_id_class_fold_errors_and_suspects(page, analysed):
+    table = read_table(analysed[0])
+
+    def shows(rows):
+        expected = rows.sort_values("loss", ascending=False)["image_id"].tolist()
+        assert expected and len(expected) < len(table)
+        assert listed(page) == expected
+        assert find(page, "#count").text == f"{len(expected)} of {len(table)} photos"
+        find(page, "#clear").click()
+        assert len(listed(page)) == len(table)
+
+    find(page, "#search").send_keys("TRAIN_1")
+    shows(table[table["image_id"].str.contains("Train_1")])
+    find(page, "#class option[value=scab]").click()
+    shows(table[table["label"] == "scab"])
+    find(page, "#wrong").send_keys(" ")
+    shows(table[table["wrong"]])
+    find(page, "#suspect").click()
+    shows(table[table["suspect"] != ""])
+    find(page, "#wrong").click()
+    find(page, "#class option[value=healthy]").click()
+    shows(table[table["wrong"] & (table["label"] == "healthy")])
+    find(page, "#fold option:last-child").click()
+    assert find(page, "#fold").get_attribute("value") == "0" and len(listed(page)) == len(table)
+
+
+def test_links_lead_from_a_suspect_to_its_row_and_from_there_to_its_heat_map(page, analysed):
+    table = read_table(analysed[0])
+    suspect = table.index[table["suspect"] == "1"][0]
+    find(page, "#search").send_keys("nothing is called so")
+    assert listed(page) == []
+    find(page, f"#suspect-{suspect} h4 a").click()
+    wait_until(lambda: page.switch_to.active_element.get_attribute("id") == f"photo-{suspect}")
+    assert len(listed(page)) == len(table)  # the filter that hid it is gone
+    worst = table[table["wrong"]]["loss"].idxmax()
+    find(page, f"#photo-{worst} a[href='#heat-{worst}']").click()
+    seen = "const box = arguments[0].getBoundingClientRect(); return box.top > -5 && box.top < innerHeight"
+    wait_until(lambda: page.execute_script(seen, find(page, f"#heat-{worst}")))
+
+
+def test_the_page_fits_a_phone_in_the_dark_and_every_picture_is_decoded(page, tmp_path):
+    sizes = {}
+    for scheme, width in (("light", 1280), ("dark", 1280), ("dark", 375)):
+        media = [{"name": "prefers-color-scheme", "value": scheme}]
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+        screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        overflow = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        assert page.execute_script(overflow) == 0
+        path = tmp_path / f"{scheme}-{width}.png"
+        page.save_screenshot(str(path))
+        sizes[scheme, width] = cv2.imread(str(path)).mean()
+    assert sizes["light", 1280] > 150 > 80 > sizes["dark", 1280]
+    broken = "return [...document.images].filter(image => !image.complete || !image.naturalWidth).length"
+    assert page.execute_script(broken) == 0
+    assert page.execute_script("return document.images.length") > 40
+    unnamed = "input, select, button"
+    names = "return [...document.querySelectorAll(arguments[0])].filter(one => !one.labels?.length && !one.textContent)"
+    assert page.execute_script(names, unnamed) == []
