@@ -389,6 +389,12 @@ def build_cache(path, photos, shape, title):
         raise_all(photos[0].parent, problems)
 
 
+def read_test(args):
+    """What there is to predict: the image_ids, Series in the row order of sample_submission.csv, and CachedImages."""
+    image_ids = read_test_ids(args.data_dir)
+    return image_ids, cache_images("test", image_ids, args.data_dir, args.image_size, args.cache_dir)
+
+
 # ---------------------------------------------------------------------------------------------- augmentation
 
 

@@ -7,13 +7,14 @@ Writes  submission_distill.csv: each test photo, the mean of five networks x eig
 Expect  0.98422 public and 0.98135 private at Kaggle (published).
 """
 
+from dataset import read_test
 from models import load_networks, predict_test
 from utils import GO_ON, build_parser, parse_args, prepare_prediction, say, stop_cleanly, write_csv
 
 
 def main(args):
     checkpoints = prepare_prediction(args)
-    submission = predict_test(args, load_networks(args, checkpoints))
+    submission = predict_test(args, load_networks(args, checkpoints), *read_test(args))
     write_csv("submission_distill.csv", submission)
     say(f"wrote submission_distill.csv: {len(submission)} rows")
 

@@ -8,7 +8,7 @@ Writes  soft_labels.csv: each training photo, by the network that has not seen i
 Expect  the out-of-fold AUC; 0.97988 public and 0.98108 private at Kaggle for submission.csv (published).
 """
 
-from dataset import read_train_csv
+from dataset import read_test, read_train_csv
 from models import load_networks, predict_out_of_fold, predict_test
 from utils import (
     CLASSES,
@@ -29,6 +29,7 @@ def main(args):
     checkpoints = prepare_prediction(args)
     train = read_train_csv(args.data_dir)
     folds = read_folds(args.log_dir, train["image_id"])
+    test = read_test(args)  # now, or what is wrong with it would be said after a long prediction
     networks = load_networks(args, checkpoints)
 
     soft_labels = predict_out_of_fold(args, train, folds, networks)
@@ -38,7 +39,7 @@ def main(args):
     each = ", ".join(f"{name} {auc:.4f}" for name, auc in zip(CLASSES, column_aucs(*compared), strict=True))
     say(f"wrote soft_labels.csv: out-of-fold AUC {mean_auc(*compared):.5f} ({each})")
 
-    submission = predict_test(args, networks)
+    submission = predict_test(args, networks, *test)
     write_csv("submission.csv", submission)
     say(f"wrote submission.csv: {len(submission)} rows")
 

@@ -29,7 +29,6 @@ from dataset import (
     LeafDataset,
     cache_images,
     normalise,
-    read_test_ids,
     train_augmentation,
 )
 from utils import CLASSES, TTA_DRAWS, InputError, atomic_write, derive_seed, make_folder, mean_auc, say, sha256
@@ -421,14 +420,12 @@ def predict(networks, dataset, keys, args, title, kept=None):
     return so_far()
 
 
-def predict_test(args, networks):
+def predict_test(args, networks, image_ids, images):
     """Test predictions with TTA: each fold's network sees every test photo 8 times under the training augmentation.
 
-    networks: dict of fold to LeafNet. Returns a DataFrame with image_id and the mean softmax of all draws and folds,
-    in the row order of sample_submission.csv. Raises InputError for a data set that does not fit.
+    networks: dict of fold to LeafNet; image_ids, images: as of read_test. Returns a DataFrame with image_id and the
+    mean softmax of all draws and folds, in the row order of sample_submission.csv.
     """
-    image_ids = read_test_ids(args.data_dir)
-    images = cache_images("test", image_ids, args.data_dir, args.image_size, args.cache_dir)
     dataset = LeafDataset(images, image_ids, augmentation=train_augmentation(), seed=args.seed)
     # as many photos as fill a batch; all networks see them before the next ones are read
     at_once = max(1, args.val_batch_size // TTA_DRAWS)

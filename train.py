@@ -9,7 +9,6 @@ Expect  a progress bar an epoch; 70 epochs a fold. Interrupted by whatever, the 
         not trained again, the fold in work goes on from its last epoch that was kept.
 """
 
-import os
 import re
 import signal
 import sys
@@ -23,9 +22,6 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils.tensorboard import SummaryWriter
 
 from dataset import (
@@ -39,13 +35,20 @@ from dataset import (
     read_train_csv,
     train_augmentation,
 )
+from launch import (
+    IS_LAUNCHED,
+    end_with_launcher,
+    is_one_of_several_processes,
+    join_processes,
+    launch_folds,
+    launch_processes,
+)
 from models import LeafModule, LeafNet, LossNotFinite, find_weights, load_backbone_weights, load_checkpoint
 from utils import (
     CLASSES,
     GO_ON,
     SOURCES,
     InputError,
-    Stopped,
     atomic_write,
     build_parser,
     choose_device,
@@ -56,8 +59,8 @@ from utils import (
     finish_fold,
     is_finished,
     is_first_process,
-    is_one_of_several_processes,
     parse_args,
+    positive,
     quiet_libraries,
     remove_fold,
     resume_path,
@@ -69,7 +72,6 @@ from utils import (
     write_csv,
 )
 
-LAUNCHED = "PLANT_PATHOLOGY_LAUNCHED"  # set for the processes that train.py itself has started
 RESUME_EVERY = 30  # seconds: the optimizer's state is 306 MB, about a second to write
 
 
@@ -99,7 +101,7 @@ class EpochLog(pl.Callback):
     """One row an epoch, as CSV (LOG_DIR/metrics/fold=K.csv) and for TensorBoard (LOG_DIR/metrics/fold=K/)."""
 
     def __init__(self, log_dir, fold):
-        self.path = Path(log_dir) / "metrics" / f"fold={fold}.csv"
+        self.path, self.fold = Path(log_dir) / "metrics" / f"fold={fold}.csv", fold
         self.rows = []
 
     def on_fit_start(self, trainer, module):
@@ -129,6 +131,9 @@ class EpochLog(pl.Callback):
             for name in ("lr", *metrics):
                 self.board.add_scalar(name, self.rows[-1][name], trainer.current_epoch)
             self.board.flush()
+        if trainer.progress_bar_callback is None:
+            of = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            say(f"fold {self.fold}, epoch {trainer.current_epoch} of {trainer.max_epochs}: {of}, lr {self.lr:.2g}")
 
 
 class OwnSignals(pl.Callback):
@@ -219,15 +224,18 @@ def train_fold(args, fold, data, weights, device, indices):
         enable_version_counter=False,
     )
     resume = ResumePoint(args.log_dir, fold, log, checkpoints)
+    bar = sys.stdout.isatty()  # elsewhere a line an epoch is easier to read
     trainer = pl.Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=indices if device == "cuda" else len(indices),
-        strategy="ddp" if len(indices) > 1 else "auto",
+        num_nodes=args.num_nodes,
+        strategy="ddp" if is_one_of_several_processes() else "auto",
         precision={"16": "16-mixed", "32": "32-true", "bf16": "bf16-mixed"}[args.precision],
         max_epochs=args.max_epochs,
         gradient_clip_val=args.gradient_clip_val,
         accumulate_grad_batches=args.accumulate_grad_batches,
-        callbacks=[OwnSignals(), log, checkpoints, resume, TQDMProgressBar(refresh_rate=10, leave=True)],
+        callbacks=[OwnSignals(), log, checkpoints, resume, *[TQDMProgressBar(refresh_rate=10, leave=True)] * bar],
+        enable_progress_bar=bar,
         plugins=[WholeCheckpoints()],
         logger=False,
         use_distributed_sampler=False,
@@ -294,7 +302,7 @@ def fingerprint_inputs(args, data, weights):
 
 def describe_kept(args):
     """What an interrupted training has kept, as text: the folds that are finished, and the epoch of the one in work."""
-    if LAUNCHED in os.environ and is_one_of_several_processes():
+    if IS_LAUNCHED:
         return ""  # the process that launched this one will say it
     finished = [fold for fold in args.folds if is_finished(args.log_dir, fold)]
     texts = [f"fold {' '.join(map(str, finished))} finished"] if finished else []
@@ -303,27 +311,6 @@ def describe_kept(args):
         if path.exists():
             texts.append(f"fold {fold} kept up to epoch {len(load_checkpoint(path)['rows']) - 1}")
     return f"{', '.join(texts) or 'no epoch was kept yet'}; {GO_ON}"
-
-
-def launch_processes(n):
-    """Run this command again as one process a device, by torch's own launcher, which ends them all when one dies."""
-    os.environ[LAUNCHED] = "1"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // n)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=n,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=str(os.getpid()),
-        max_restarts=0,
-    )
-    try:
-        elastic_launch(config, sys.executable)(*sys.argv)
-    except ChildFailedError as error:  # the process has said why; its siblings are ended
-        raise SystemExit(1) from error
-    except SignalException as error:
-        raise Stopped(128 + error.sigval) from error
 
 
 def smaller_parts(args, n_devices):
@@ -359,28 +346,44 @@ def train_folds(args, data, weights, device, indices):
                 f"the GPU's memory is too small ({str(error).splitlines()[0]}). Type "
                 + (advice if parts else "a smaller --image_size: the batch cannot be split further")
             ) from error
-    if is_first_process():
-        print(collect_results(args.log_dir).to_string(index=False))
 
 
 def main(args):
     quiet_libraries()
     device, indices = choose_device(args.gpus, args.cpu_processes)
     args.precision = choose_precision(args.precision, device)
-    data = read_training_data(args, len(indices))
+    one_of_several = is_one_of_several_processes()
+    if args.parallel_folds and one_of_several or args.num_nodes > 1 and not one_of_several:
+        raise InputError(
+            "--num_nodes is for processes that torchrun or srun has started, --parallel_folds for one that nobody has; "
+            "see the README for the whole commands"
+        )
+    n_devices = 1 if args.parallel_folds else len(indices) * args.num_nodes
+    data = read_training_data(args, n_devices)
     weights = find_weights(args.weights, args.backbone)
 
-    locks = []
-    if LAUNCHED not in os.environ and is_first_process():
-        devices = f"{len(indices)} x {device}"
+    wait, locks = (lambda: None), []
+    if IS_LAUNCHED:
+        end_with_launcher()
+    elif one_of_several:
+        wait = join_processes(device, indices, args.num_nodes)
+    if not IS_LAUNCHED and is_first_process():
+        devices = f"{n_devices} x {device}"
         fingerprints = fingerprint_inputs(args, data, weights)
         locks = start_run(args, data.image_ids, data.folds, fingerprints, devices)
         say(f"{args.backbone} from {weights or 'scratch'}, {devices}, precision {args.precision}")
+    wait()  # for the log directory
     try:
-        if len(indices) > 1 and not is_one_of_several_processes():
+        if args.parallel_folds:
+            failed = launch_folds(args.folds, device, indices)
+            if failed:
+                raise InputError(f"fold {' '.join(map(str, failed))} failed, see above; {GO_ON}")
+        elif len(indices) > 1 and not one_of_several:
             launch_processes(len(indices))
         else:
             train_folds(args, data, weights, device, indices)
+        if not IS_LAUNCHED and is_first_process():
+            print(collect_results(args.log_dir).to_string(index=False))
     finally:
         for lock in locks:
             lock.release()
@@ -388,6 +391,9 @@ def main(args):
 
 def parser():
     parser = build_parser(__doc__)
+    add = parser.add_argument_group("several devices").add_argument
+    add("--num_nodes", type=positive, default=1, metavar="N", help="machines that torchrun or srun has started this on")
+    add("--parallel_folds", action="store_true", help="a fold a device, several at once, not one after the other")
     add = parser.add_argument_group("what is there already").add_argument
     add("--fresh", action="store_true", help="start over: delete what the named folds left in LOG_DIR")
     add("--accept_changes", action="store_true", help="go on in LOG_DIR though options or source files have changed")

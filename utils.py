@@ -25,10 +25,10 @@ GO_ON = "the same command goes on from there"
 CLASSES = ("healthy", "multiple_diseases", "rust", "scab")
 N_FOLDS = 5
 TTA_DRAWS = 8
-SOURCES = ("train.py", "models.py", "dataset.py", "utils.py")  # what a training's result depends on
+SOURCES = ("train.py", "launch.py", "models.py", "dataset.py", "utils.py")  # what a training's result depends on
 # Options that change no result by themselves: what they name is compared by its content, or not at all.
 FREE_OPTIONS = {"folds", "num_workers", "cache_dir", "val_batch_size", "data_dir", "log_dir", "gpus", "cpu_processes"}
-FREE_OPTIONS |= {"weights", "soft_labels_filename"}
+FREE_OPTIONS |= {"weights", "soft_labels_filename", "num_nodes", "parallel_folds"}
 # What the folds of one log directory must share: without it their predictions cannot be put together.
 COMMON = {"image_size", "backbone", "seed", "train.csv", "the photos"}
 FREE_IN_PREDICTION = FREE_OPTIONS - {"weights", "soft_labels_filename"} | {"precision", "devices"}
@@ -188,14 +188,9 @@ def choose_precision(precision, device):
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "32"
 
 
-def is_one_of_several_processes():
-    """Whether torchrun (or our own launch, which uses it) started this process as one of several."""
-    return "LOCAL_RANK" in os.environ
-
-
 def is_first_process():
-    """Whether this is the process that writes."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this is the process that writes: the first of those that torchrun (RANK) or srun has started, if any."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def quiet_libraries():
@@ -451,23 +446,27 @@ def finish_fold(log_dir, fold, epoch, val_loss, val_roc_auc, checkpoint):
     collect_results(log_dir)
 
 
-def read_own_csv(path):
-    """Read a CSV file that train.py wrote. Raises InputError if it is damaged or unreadable."""
+def read_own_csv(path, columns=()):
+    """Read a CSV file that train.py wrote. Raises InputError if it is damaged, lacks one of `columns` or is unreadable."""
     try:
         frame = pd.read_csv(path, dtype={"image_id": str}, keep_default_na=False)  # NA may be an id
+        missing = [name for name in columns if name not in frame]
+        if missing or frame.empty:
+            raise ValueError(f"it lacks the column {missing[0]}" if missing else "it has no rows")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}): train its fold anew with --fresh") from error
-    if frame.empty:
-        raise InputError(f"{path} is damaged (it has no rows): train its fold anew with --fresh")
     return frame
 
 
 def is_finished(log_dir, fold):
     """Whether a fold has a result and the checkpoint that it names."""
     path = result_path(log_dir, fold)
-    return path.exists() and (Path(log_dir) / read_own_csv(path)["checkpoint"][0]).exists()
+    return (
+        path.exists()
+        and (Path(log_dir) / read_own_csv(path, ("fold", "epoch", "checkpoint"))["checkpoint"][0]).exists()
+    )
 
 
 def collect_results(log_dir):
@@ -514,7 +513,7 @@ def read_folds(log_dir, image_ids):
     path = Path(log_dir) / "folds.csv"
     if not path.exists():
         raise InputError(f"{path} is missing: train first, or name the log directory with --log_dir")
-    folds = read_own_csv(path).set_index("image_id")["fold"]
+    folds = read_own_csv(path, ("image_id", "fold")).set_index("image_id")["fold"]
     if set(folds.index) != set(image_ids):
         raise InputError(
             f"{path} is about other photos than train.csv: name the --data_dir that {log_dir} was trained on"

@@ -1,0 +1,223 @@
+"""Several processes: folds in pieces and in parallel, DDP over gloo, torchrun on two machines, SLURM, a rank killed."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REPO, SMALL, run_script
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from models import LeafNet
+
+QUICK = ["--backbone", "resnet18", "--max_epochs", 2]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # on a CPU, results depend on the number of threads
+
+
+def train(sample, folder, *options, check=True, **environment):
+    options = [*SMALL, *QUICK, *options]
+    return run_script("train.py", "--data_dir", sample, *options, cwd=folder, check=check, **ONE_THREAD, **environment)
+
+
+def outcome(folder):
+    """The bytes that the later steps read, and the weights of all checkpoints."""
+    logs = folder / "logs"
+    found = {name: (logs / name).read_bytes() for name in ("folds.csv", "results.csv")}
+    for path in logs.glob("*.ckpt"):
+        found[path.name] = [float(value.double().sum()) for value in torch.load(path)["state_dict"].values()]
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_process(sample, tmp_path_factory):
+    """Folds 0, 1 and 2, one after the other in one process."""
+    folder = tmp_path_factory.mktemp("one")
+    train(sample, folder, "--folds", 0, 1, 2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_processes(sample, tmp_path_factory):
+    """Fold 1 by two processes of one machine, started by train.py itself."""
+    folder = tmp_path_factory.mktemp("two")
+    train(sample, folder, "--folds", 1, "--cpu_processes", 2)
+    return folder
+
+
+def test_folds_in_pieces_leave_what_one_process_leaves(one_process, sample, tmp_path):
+    for folds in ([2], [0, 1]):
+        train(sample, tmp_path, "--folds", *folds)
+    assert outcome(tmp_path) == outcome(one_process)
+
+
+def test_folds_in_parallel_leave_what_one_process_leaves(one_process, sample, tmp_path):
+    done = train(sample, tmp_path, "--folds", 0, 1, 2, "--cpu_processes", 2, "--parallel_folds")
+    assert outcome(tmp_path) == outcome(one_process)
+    for fold in (0, 1, 2):  # each line carries its fold; there is one an epoch, and no progress bar
+        lines = [line for line in done.stdout.splitlines() if line.startswith(f"fold {fold} | ")]
+        assert sum(f"fold {fold}, epoch " in line for line in lines) == 2
+    assert "it/s" not in done.stdout
+    again = train(sample, tmp_path, "--folds", 0, 1, 2, "--cpu_processes", 1)  # one after the other is the same run
+    assert again.stdout.count("is finished already") == 3
+
+
+def test_a_fold_that_fails_in_parallel_is_named_and_the_others_are_done(sample, tmp_path):
+    (tmp_path / "logs" / "metrics" / "fold=1.csv").mkdir(parents=True)  # in the way of its metrics
+    (tmp_path / "logs" / "metrics" / "fold=1.csv" / "x").touch()
+    done = train(sample, tmp_path, "--folds", 0, 1, "--cpu_processes", 2, "--parallel_folds", check=False)
+    assert done.returncode == 1 and "error: fold 1 failed, see above" in done.stderr
+    assert "fold 1 | error: cannot" in done.stdout
+    assert pd.read_csv(tmp_path / "logs" / "results.csv")["fold"].tolist() == [0]
+
+
+def start(command, folder, **environment):
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=folder,
+        env={**os.environ, **ONE_THREAD, **environment},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def children(pid):
+    """The processes that `pid` has started and that train, not its helpers."""
+    tasks = f"/proc/{pid}/task/{pid}/children"
+    found = open(tasks).read().split() if os.path.exists(tasks) else []
+    return [int(child) for child in found if b"train.py" in open(f"/proc/{child}/cmdline", "rb").read()]
+
+
+def start_two_processes(sample, folder):
+    """A long training by two processes; returns it and its two processes, once the first epoch is over."""
+    command = [sys.executable, REPO / "train.py", "--data_dir", sample, *SMALL, *QUICK]
+    process = start([*command, "--folds", 1, "--max_epochs", 5000, "--cpu_processes", 2], folder)
+    for _ in range(1200):
+        if (folder / "logs" / "metrics" / "fold=1.csv").exists():
+            return process, children(process.pid)
+        time.sleep(0.1)
+    process.kill()
+    raise AssertionError(process.communicate()[0])
+
+
+def group_is_gone(process):
+    for _ in range(300):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds processes in Linux' /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_of_two_processes_is_killed_the_other_ends_with_a_message(victim, sample, tmp_path):
+    process, ranks = start_two_processes(sample, tmp_path)
+    assert len(ranks) == 2
+    os.kill(ranks[victim], signal.SIGKILL)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "of 2 was killed (SIGKILL), the others are ended; the same command goes on from there" in printed
+    assert group_is_gone(process)
+
+
+@needs_proc
+def test_processes_end_when_their_launcher_is_killed(sample, tmp_path):
+    process, ranks = start_two_processes(sample, tmp_path)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(ranks) == 2 and group_is_gone(process)
+
+
+def test_ctrl_c_ends_all_processes_and_says_what_is_kept(sample, tmp_path):
+    process, _ = start_two_processes(sample, tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and printed.count("stopped: no epoch was kept yet") == 1
+    assert group_is_gone(process)
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def finish(processes):
+    printed = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(printed)
+
+
+def test_torchrun_on_two_machines_leaves_what_two_processes_of_one_leave(two_processes, sample, tmp_path):
+    port = free_port()
+    script = [REPO / "train.py", "--data_dir", sample, *SMALL, *QUICK, "--folds", 1, "--num_nodes", 2]
+    where = ["--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *where]
+    finish([start([*torchrun, "--node_rank", rank, *script], tmp_path) for rank in (0, 1)])
+    assert outcome(tmp_path) == outcome(two_processes)
+
+
+def test_slurm_on_two_machines_leaves_what_two_processes_of_one_leave(two_processes, sample, tmp_path):
+    """srun's environment, as SLURM's manual lists it; no SLURM is needed to read it."""
+    script = [REPO / "train.py", "--data_dir", sample, *SMALL, *QUICK, "--folds", 1, "--num_nodes", 2]
+    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "leaves", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
+    job |= {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "localhost", "SLURM_NODELIST": "localhost", "SLURM_LOCALID": "0"}
+    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    tasks = [{"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in (0, 1)]
+    finish([start([sys.executable, *script], tmp_path, **job, **task) for task in tasks])
+    assert outcome(tmp_path) == outcome(two_processes)
+
+
+@pytest.mark.parametrize("options", [["--num_nodes", 2], ["--num_nodes", 2, "--parallel_folds"]])
+def test_num_nodes_without_torchrun_is_refused_before_anything_is_written(options, sample, tmp_path):
+    refused = train(sample, tmp_path, *options, check=False)
+    assert refused.returncode == 1 and "torchrun or srun" in refused.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_number_of_processes_that_does_not_fit_is_refused(sample, tmp_path):
+    where = ["--nnodes", 1, "--nproc_per_node", 1, "--master_port", free_port()]
+    script = [REPO / "train.py", "--data_dir", sample, *SMALL, "--cpu_processes", 2]
+    process = start([sys.executable, "-m", "torch.distributed.run", *where, *script], tmp_path)
+    printed, _ = process.communicate(timeout=100)
+    assert process.returncode == 1 and "--cpu_processes and --num_nodes" in printed
+    assert not (tmp_path / "logs").exists()
+
+
+def compute_gradients(rank, port, images, labels, shares, path):
+    """One rank of DDP: the gradients of its share of a batch, averaged over ranks, batch norm in evaluation mode."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.manual_seed(1)
+    network = DistributedDataParallel(LeafNet().eval())
+    F.cross_entropy(network(images[shares[rank]]), labels[shares[rank]]).backward()
+    if rank == 0:
+        torch.save({name: p.grad for name, p in network.module.named_parameters() if p.grad is not None}, path)
+    distributed.destroy_process_group()
+
+
+def test_gradients_of_a_global_batch_are_those_of_its_halves_averaged(tmp_path):
+    images, labels = torch.randn(8, 3, 32, 64), torch.softmax(torch.randn(8, 4), 1)
+    shares = [np.arange(0, 4), np.arange(4, 8)]
+    arguments = (free_port(), images, labels, shares, tmp_path / "gradients.pt")
+    torch.multiprocessing.spawn(compute_gradients, arguments, nprocs=2)
+    torch.manual_seed(1)
+    network = LeafNet().eval()
+    F.cross_entropy(network(images), labels).backward()
+    averaged = torch.load(tmp_path / "gradients.pt")
+    assert averaged.keys() == {name for name, p in network.named_parameters() if p.grad is not None}
+    for name, parameter in network.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(averaged[name], parameter.grad, rtol=1e-3, atol=1e-5)
