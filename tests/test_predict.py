@@ -88,7 +88,7 @@ def test_bad_photos_are_reported_and_skipped_and_equal_names_stay_apart(trained,
     assert done.returncode == 1 and "Traceback" not in done.stderr
     for line in (
         "error: orchard/south/broken.JPG cannot be decoded as a photo",
-        "error: orchard/empty.png cannot be decoded as a photo",
+        "error: orchard/empty.png is empty (0 bytes)",
         "error: gone.jpg cannot be read: No such file or directory",
         "error: 3 of 5 photos could not be read, see above",
     ):
