@@ -58,6 +58,8 @@ def stop_cleanly(kept):
         if os.getpid() == owner:
             for each in before:  # a second one would cut the tidying short
                 signal.signal(each, signal.SIG_IGN)
+            if hasattr(signal, "SIGCHLD"):  # torch's handler raises an error for a worker that the same signal has ended
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             raise Stopped(128 + number)
 
     for number in before:
