@@ -58,7 +58,9 @@ def stop_cleanly(kept):
         if os.getpid() == owner:
             for each in before:  # a second one would cut the tidying short
                 signal.signal(each, signal.SIG_IGN)
-            if hasattr(signal, "SIGCHLD"):  # torch's handler raises an error for a worker that the same signal has ended
+            if hasattr(
+                signal, "SIGCHLD"
+            ):  # torch's handler raises an error for a worker that the same signal has ended
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             raise Stopped(128 + number)
 
@@ -199,6 +201,8 @@ def quiet_libraries():
     """Silence what Lightning says about settings that we made on purpose."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")  # it holds folds
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own affair with torch
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what we log is the same on all devices
     warnings.filterwarnings("ignore", message=".*`lr_scheduler.step.. before `optimizer.step.*")
 
