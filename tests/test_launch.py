@@ -70,11 +70,11 @@ def test_folds_in_parallel_leave_what_one_process_leaves(one_process, sample, tm
 
 
 def test_a_fold_that_fails_in_parallel_is_named_and_the_others_are_done(sample, tmp_path):
-    (tmp_path / "logs" / "metrics" / "fold=1.csv").mkdir(parents=True)  # in the way of its metrics
-    (tmp_path / "logs" / "metrics" / "fold=1.csv" / "x").touch()
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "fold=1-last.ckpt").write_bytes(b"damaged")
     done = train(sample, tmp_path, "--folds", 0, 1, "--cpu_processes", 2, "--parallel_folds", check=False)
     assert done.returncode == 1 and "error: fold 1 failed, see above" in done.stderr
-    assert "fold 1 | error: cannot" in done.stdout
+    assert "fold 1 | error: logs/fold=1-last.ckpt cannot be loaded" in done.stdout
     assert pd.read_csv(tmp_path / "logs" / "results.csv")["fold"].tolist() == [0]
 
 
