@@ -27,11 +27,11 @@ from heat_maps import data_uri, heat_maps, overlay, shrink
 from models import load_networks, predict, predict_out_of_fold
 from utils import (
     CLASSES,
-    GO_ON,
     InputError,
     atomic_write,
     build_parser,
     column_aucs,
+    go_on,
     mean_auc,
     parse_args,
     positive,
@@ -194,7 +194,10 @@ def read_metrics(log_dir, folds):
     for path in paths.values():
         if not path.is_file():
             raise InputError(f"{path} is missing: it belongs to the log directory as train.py left it")
-    return {fold: read_own_csv(path) for fold, path in paths.items()}
+    return {
+        fold: read_own_csv(path, ("epoch", "lr", "train_loss", "val_loss", "val_roc_auc"))
+        for fold, path in paths.items()
+    }
 
 
 def draw_charts(table, metrics, best):
@@ -294,5 +297,5 @@ if __name__ == "__main__":
     add = parser.add_argument_group("error analysis").add_argument
     add("--worst", type=positive, default=24, metavar="N", help="wrong photos with heat maps, suspects with pictures")
     args = parse_args(parser)
-    with stop_cleanly(lambda: f"what is predicted is kept in {args.log_dir}; {GO_ON}"):
+    with stop_cleanly(lambda: f"what is predicted is kept in {args.log_dir}; {go_on()}"):
         main(args)

@@ -9,7 +9,7 @@ Expect  0.98422 public and 0.98135 private at Kaggle (published).
 
 from dataset import read_test
 from models import load_networks, predict_test
-from utils import GO_ON, build_parser, parse_args, prepare_prediction, say, stop_cleanly, write_csv
+from utils import build_parser, go_on, parse_args, prepare_prediction, say, stop_cleanly, write_csv
 
 
 def main(args):
@@ -21,5 +21,5 @@ def main(args):
 
 if __name__ == "__main__":
     args = parse_args(build_parser(__doc__, log_dir="logs_submit_distill"))
-    with stop_cleanly(lambda: f"what is predicted is kept in {args.log_dir}; {GO_ON}"):
+    with stop_cleanly(lambda: f"what is predicted is kept in {args.log_dir}; {go_on()}"):
         main(args)

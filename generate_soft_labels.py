@@ -12,9 +12,9 @@ from dataset import read_test, read_train_csv
 from models import load_networks, predict_out_of_fold, predict_test
 from utils import (
     CLASSES,
-    GO_ON,
     build_parser,
     column_aucs,
+    go_on,
     mean_auc,
     parse_args,
     prepare_prediction,
@@ -46,5 +46,5 @@ def main(args):
 
 if __name__ == "__main__":
     args = parse_args(build_parser(__doc__))
-    with stop_cleanly(lambda: f"what is predicted is kept in {args.log_dir}; {GO_ON}"):
+    with stop_cleanly(lambda: f"what is predicted is kept in {args.log_dir}; {go_on()}"):
         main(args)

@@ -15,9 +15,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from utils import GO_ON, InputError, Stopped
+from utils import InputError, Stopped, go_on
 
-LAUNCHED = "PLANT_PATHOLOGY_LAUNCHED"  # set for the processes that train.py itself starts
+LAUNCHED = "PLANT_PATHOLOGY_LAUNCHED"  # the process id of the train.py that has started this one
 IS_LAUNCHED = LAUNCHED in os.environ
 
 
@@ -47,7 +47,7 @@ def join_processes(device, indices, num_nodes):
 
 def end_with_launcher():
     """End this process when the one that launched it has been killed: it would go on unseen, and hinder the next start."""
-    launcher = os.getppid()
+    launcher = int(os.environ[LAUNCHED])
 
     def watch():
         while os.getppid() == launcher:
@@ -63,7 +63,7 @@ def share_cores(n):
     """The environment of each of `n` processes on this machine."""
     return {
         **os.environ,
-        LAUNCHED: "1",
+        LAUNCHED: str(os.getpid()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, os.cpu_count() // n))),
     }
 
@@ -86,7 +86,7 @@ def launch_processes(n):
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # otherwise the process has said why
             name = signal.Signals(-failure.exitcode).name
-            raise InputError(f"process {rank} of {n} was killed ({name}), the others are ended; {GO_ON}") from error
+            raise InputError(f"process {rank} of {n} was killed ({name}), the others are ended; {go_on()}") from error
         raise SystemExit(1) from error
     except SignalException as error:
         raise Stopped(128 + error.sigval) from error

@@ -6,6 +6,7 @@ import re
 import socket
 import time
 from functools import cache
+from importlib.metadata import version
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -350,7 +351,8 @@ class KeptPredictions:
         self.path = Path(args.log_dir) / "predictions" / f"{name}-folds={folds}.npz"
         options = (args.fingerprint, args.image_size, args.seed, args.precision, args.val_batch_size)
         devices = (len(args.devices), args.devices[0].type, torch.get_num_threads())
-        facts = repr((options, devices, images.path.name, keys))
+        versions = [version(name) for name in ("torch", "albumentations", "opencv-python-headless", "numpy")]
+        facts = repr((options, devices, versions, images.path.name, keys))
         self.identity = np.array(hashlib.sha256(facts.encode()).hexdigest())
 
     def read(self):
@@ -361,7 +363,7 @@ class KeptPredictions:
                     return kept["probabilities"]
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
             say(f"note: {self.path} is damaged ({error}); it is made anew")
         return np.empty((0, len(CLASSES)), np.float32)
 
@@ -383,14 +385,14 @@ def predict(networks, dataset, keys, args, title, kept=None):
         run = list(run)
         batches += [run[start : start + args.val_batch_size] for start in range(0, len(run), args.val_batch_size)]
     full, before = max(map(len, batches)), kept.read() if kept else np.empty((0, len(CLASSES)), np.float32)
+    device_of = {fold: args.devices[i % len(args.devices)] for i, fold in enumerate(networks)}
+    networks = {fold: network.to(device_of[fold]) for fold, network in networks.items()}
     n_done = np.searchsorted(np.cumsum([len(batch) for batch in batches]), len(before), side="right")
     if n_done == len(batches):
         say(f"{title}: taken from {kept.path}")
         return before
     pin = args.devices[0].type == "cuda"
     loader = DataLoader(dataset, batch_sampler=batches[n_done:], num_workers=args.num_workers, pin_memory=pin)
-    device_of = {fold: args.devices[i % len(args.devices)] for i, fold in enumerate(networks)}
-    networks = {fold: network.to(device_of[fold]) for fold, network in networks.items()}
     compiling = args.devices[0].type == "cpu" and len(keys) * prod(args.image_size) >= COMPILE_FROM
     if compiling:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(args.cache_dir).absolute() / "torch.compile"))

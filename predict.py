@@ -39,27 +39,35 @@ AT_ONCE = 256  # photos in memory
 
 
 def find_photos(names):
-    """The photos of files and folders, in that order, list of Path, none twice. A file is taken whatever its suffix."""
-    paths = []
+    """The photos of files and folders, in that order, list of Path, none twice, and the number of folders without one.
+
+    A file that is named is taken whatever its suffix.
+    """
+    paths, empty = [], 0
     for name in map(Path, names):
         if not name.is_dir():
             paths.append(name)
             continue
-        files = sorted(path for path in name.rglob("*") if path.is_file())
+        files = sorted(path for path in name.rglob("*") if path.is_file() or path.is_symlink())
         photos = [path for path in files if path.suffix.lower() in SUFFIXES]
         if len(photos) < len(files):
             others = [str(path) for path in files if path.suffix.lower() not in SUFFIXES]
-            say(f"note: {len(others)} other files in {name} are left out: {', '.join(others[:3])}")
+            say(f"note: left out of {name}, as no photos: {', '.join(others[:3])}{' …' * (len(others) > 3)}")
         if not photos:
-            raise InputError(f"{name} holds no photo ({', '.join(sorted(SUFFIXES))})")
+            print(f"error: {name} holds no photo ({', '.join(sorted(SUFFIXES))})", file=sys.stderr, flush=True)
+            empty += 1
         paths += photos
-    return list(dict.fromkeys(paths))
+    return list(dict.fromkeys(paths)), empty
 
 
 def load_or_report(path, image_size):
     """The photo as the networks see it, or None if it cannot be used: the reason then goes to stderr."""
     try:
+        str(path).encode()
         return load_photo(path, image_size)
+    except UnicodeEncodeError:
+        print(f"error: {path} cannot be written down, its name is not UTF-8: rename it", file=sys.stderr, flush=True)
+        return None
     except InputError as error:
         print(error, file=sys.stderr, flush=True)
         return None
@@ -87,7 +95,9 @@ def write_heat_map(path, photo, image, predicted, networks):
 
 
 def main(args):
-    paths = find_photos(args.photos)
+    if Path(args.output).is_dir():
+        raise InputError(f"--output {args.output} is a folder: name a file")
+    paths, empty = find_photos(args.photos)
     networks = load_networks(args, prepare_prediction(args))
     if args.heat_maps is not None:
         make_folder(args.heat_maps)
@@ -118,8 +128,9 @@ def main(args):
     table = predictions.assign(prediction=predicted)[["image", "prediction", *CLASSES]]
     print(table.to_string(index=False, float_format="{:.3f}".format), flush=True)
     say(f"wrote {args.output}: {len(predictions)} photos")
-    if len(predictions) < len(paths):
-        raise InputError(f"{len(paths) - len(predictions)} of {len(paths)} photos could not be read, see above")
+    bad = len(paths) - len(predictions)
+    if bad or empty:
+        raise InputError(f"{bad} of {len(paths)} photos could not be read, {empty} folders held none, see above")
 
 
 if __name__ == "__main__":

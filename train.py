@@ -46,17 +46,18 @@ from launch import (
 from models import LeafModule, LeafNet, LossNotFinite, find_weights, load_backbone_weights, load_checkpoint
 from utils import (
     CLASSES,
-    GO_ON,
     SOURCES,
     InputError,
     atomic_write,
     build_parser,
+    check_sources,
     choose_device,
     choose_precision,
     collect_results,
     column_aucs,
     derive_seed,
     finish_fold,
+    go_on,
     is_finished,
     is_first_process,
     parse_args,
@@ -167,9 +168,13 @@ class ResumePoint(pl.Callback):
         if self.state is None:
             return
         module.load_state_dict(self.state["state_dict"])
-        trainer.optimizers[0].load_state_dict(self.state["optimizer"])
+        optimizer = trainer.optimizers[0]
+        optimizer.load_state_dict(self.state["optimizer"])
+        for group in optimizer.param_groups:
+            group["fused"] = optimizer.defaults["fused"]  # what this device wants, not the one before
         trainer.lr_scheduler_configs[0].scheduler.load_state_dict(self.state["schedule"])
-        trainer.precision_plugin.load_state_dict(self.state["scaler"])
+        if self.state["scaler"]:
+            trainer.precision_plugin.load_state_dict(self.state["scaler"])
         progress = trainer.fit_loop.epoch_progress.current
         progress.ready = progress.started = progress.processed = progress.completed = len(self.epoch_log.rows)
         folder = Path(self.best.dirpath)
@@ -310,7 +315,7 @@ def describe_kept(args):
         path = resume_path(args.log_dir, fold)
         if path.exists():
             texts.append(f"fold {fold} kept up to epoch {len(load_checkpoint(path)['rows']) - 1}")
-    return f"{', '.join(texts) or 'no epoch was kept yet'}; {GO_ON}"
+    return f"{', '.join(texts)}; {go_on()}" if texts else "no epoch was kept yet"
 
 
 def smaller_parts(args, n_devices):
@@ -334,8 +339,8 @@ def train_folds(args, data, weights, device, indices):
             train_fold(args, fold, data, weights, device, indices)
         except LossNotFinite as error:
             raise InputError(
-                f"fold {fold} stopped: {error} for the batch of {', '.join(data.image_ids[error.rows])}. The epochs before "
-                "are kept. Look at these photos and their labels; or try --precision 32, a smaller --gradient_clip_val"
+                f"fold {fold} stopped: {error} for the batch of {', '.join(data.image_ids[error.rows])}. Look at these "
+                "photos and their labels; or go on with --accept_changes and --precision 32 or a smaller --gradient_clip_val"
             ) from error
         except torch.OutOfMemoryError as error:
             parts = smaller_parts(args, len(indices))
@@ -365,6 +370,7 @@ def main(args):
     wait, locks = (lambda: None), []
     if IS_LAUNCHED:
         end_with_launcher()
+        check_sources(args.log_dir)
     elif one_of_several:
         wait = join_processes(device, indices, args.num_nodes)
     if not IS_LAUNCHED and is_first_process():
@@ -372,12 +378,14 @@ def main(args):
         fingerprints = fingerprint_inputs(args, data, weights)
         locks = start_run(args, data.image_ids, data.folds, fingerprints, devices)
         say(f"{args.backbone} from {weights or 'scratch'}, {devices}, precision {args.precision}")
-    wait()  # for the log directory
+    wait()
+    if not (Path(args.log_dir) / "hparams.yaml").exists():
+        raise InputError(f"{args.log_dir} is not shared by all machines: the first one has begun it, here it is not")
     try:
         if args.parallel_folds:
             failed = launch_folds(args.folds, device, indices)
             if failed:
-                raise InputError(f"fold {' '.join(map(str, failed))} failed, see above; {GO_ON}")
+                raise InputError(f"fold {' '.join(map(str, failed))} failed, see above; {go_on()}")
         elif len(indices) > 1 and not one_of_several:
             launch_processes(len(indices))
         else:

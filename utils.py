@@ -21,7 +21,6 @@ from filelock import FileLock, Timeout
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import KFold
 
-GO_ON = "the same command goes on from there"
 CLASSES = ("healthy", "multiple_diseases", "rust", "scab")
 N_FOLDS = 5
 TTA_DRAWS = 8
@@ -40,6 +39,11 @@ class InputError(SystemExit):
 
     def __init__(self, message):
         super().__init__(f"error: {message}")
+
+
+def go_on():
+    """What to type after an interruption, as text."""
+    return "the same command" + (", without --fresh," if "--fresh" in sys.argv else "") + " goes on from there"
 
 
 class Stopped(SystemExit):
@@ -135,7 +139,7 @@ def build_parser(doc, log_dir="logs"):
 
     add = parser.add_argument_group("what it runs on").add_argument
     add("--gpus", **gpus, help="for example 0 1; without it all GPUs there are, else the CPU")
-    add("--cpu_processes", type=positive, default=1, metavar="N", help="what --gpus does, on N processes of the CPU")
+    add("--cpu_processes", type=positive, metavar="N", help="what --gpus does, on N processes of the CPU")
     add("--precision", choices=("16", "32", "bf16"), help="without it what is fast: 16 on GPUs, bf16 or 32 on CPUs")
     add("-vbs", "--val_batch_size", type=positive, default=16, help="photos a batch in validation and prediction")
     add("--num_workers", type=not_negative, default=workers, help="processes that load photos")
@@ -160,13 +164,13 @@ def parse_args(parser, argv=None):
     return args
 
 
-def choose_device(gpus, cpu_processes=1):
+def choose_device(gpus, cpu_processes=None):
     """The torch device type and indices to use: ("cuda", [0, 1]) or ("cpu", [0]).
 
     Raises InputError for GPUs that are not there.
     """
     available = torch.cuda.device_count()
-    if cpu_processes > 1:
+    if cpu_processes is not None:
         if gpus is not None:
             raise InputError("--gpus and --cpu_processes exclude each other: leave one out")
         return "cpu", list(range(cpu_processes))
@@ -194,7 +198,7 @@ def choose_precision(precision, device):
 
 def is_first_process():
     """Whether this is the process that writes: the first of those that torchrun (RANK) or srun has started, if any."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    return os.environ.get("RANK" if "TORCHELASTIC_RUN_ID" in os.environ else "SLURM_PROCID", "0") == "0"
 
 
 def quiet_libraries():
@@ -345,6 +349,11 @@ def start_run(args, image_ids, folds, fingerprints, devices):
         stays = [fold for fold in range(N_FOLDS) if any(log_dir.glob(f"fold={fold}-*.ckpt")) and fold not in removed]
         record = {"options": options, "fingerprints": fingerprints}
         changes = []
+        if stays and not path.exists():
+            raise InputError(
+                f"{path} is missing, so nobody knows how fold {' '.join(map(str, stays))} was trained: "
+                f"use another --log_dir, or train all anew with --fresh --folds {' '.join(map(str, range(N_FOLDS)))}"
+            )
         if path.exists() and (stays or busy):
             before = read_hparams(log_dir)
             changes = list_changes(before, options, fingerprints)
@@ -355,18 +364,18 @@ def start_run(args, image_ids, folds, fingerprints, devices):
                 f"Use another --log_dir, train all anew with --fresh --folds {' '.join(map(str, range(N_FOLDS)))}"
                 + ("" if COMMON & set(changes) else ", or keep what is there with --accept_changes")
             )
+        for fold in args.folds:
+            remove_leftovers(log_dir, f"fold={fold}-*.ckpt")
+            remove_leftovers(log_dir / "metrics", f"fold={fold}.csv")
+            remove_leftovers(result_path(log_dir, fold).parent, "result.csv")
+        for fold in removed:  # before the new record is there, or a kill in between would pass old results off as new
+            remove_fold(log_dir, fold)
         if changes or not path.exists() or not (stays or busy):
             with atomic_write(path, "w") as file:
                 yaml.safe_dump(record, file, sort_keys=False)
-            write_csv(log_dir / "folds.csv", pd.DataFrame({"image_id": image_ids, "fold": folds}))
+        write_csv(log_dir / "folds.csv", pd.DataFrame({"image_id": image_ids, "fold": folds}))
         if changes:
             say(f"note: going on in {log_dir} in spite of: {'; '.join(changes.values())}")
-    for fold in args.folds:
-        remove_leftovers(log_dir, f"fold={fold}-*.ckpt")
-        remove_leftovers(log_dir / "metrics", f"fold={fold}.csv")
-        remove_leftovers(result_path(log_dir, fold).parent, "result.csv")
-    for fold in removed:
-        remove_fold(log_dir, fold)
     for fold in set(locks) - set(busy) - set(args.folds):
         locks[fold].release()
     return [locks[fold] for fold in args.folds]
@@ -429,7 +438,8 @@ def read_hparams(log_dir):
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         record = None
-    if not isinstance(record, dict) or not {"options", "fingerprints"} <= set(record):
+    parts = [record.get(name) for name in ("options", "fingerprints")] if isinstance(record, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
         raise InputError(f"{path} is damaged: not what train.py writes")
     return record
 
@@ -437,6 +447,14 @@ def read_hparams(log_dir):
 def result_path(log_dir, fold):
     """Where a finished fold leaves its result; results.csv is put together from these."""
     return Path(log_dir) / "metrics" / f"fold={fold}" / "result.csv"
+
+
+def check_sources(log_dir):
+    """Raise InputError if the source files are not those that log_dir's record names: they were edited meanwhile."""
+    recorded = read_hparams(log_dir)["fingerprints"]
+    changed = [name for name in SOURCES if recorded.get(name) != sha256(Path(__file__).parent / name)]
+    if changed:
+        raise InputError(f"{', '.join(changed)}: changed since this training was started")
 
 
 def resume_path(log_dir, fold):
@@ -520,7 +538,7 @@ def read_folds(log_dir, image_ids):
     if not path.exists():
         raise InputError(f"{path} is missing: train first, or name the log directory with --log_dir")
     folds = read_own_csv(path, ("image_id", "fold")).set_index("image_id")["fold"]
-    if set(folds.index) != set(image_ids):
+    if set(folds.index) != set(image_ids) or folds.index.has_duplicates:
         raise InputError(
             f"{path} is about other photos than train.csv: name the --data_dir that {log_dir} was trained on"
         )
@@ -537,9 +555,9 @@ def prepare_prediction(args):
     quiet_libraries()
     adopt_run_options(args)
     checkpoints = read_results(args.log_dir, args.folds)
-    if args.cpu_processes > 1:
+    if (args.cpu_processes or 1) > 1:
         raise InputError("--cpu_processes is for training; prediction uses all cores anyway")
-    kind, indices = choose_device(args.gpus)
+    kind, indices = choose_device(args.gpus, args.cpu_processes)
     args.precision = choose_precision(args.precision, kind)
     args.devices = [torch.device(kind, index) for index in indices]
     files = [Path(args.log_dir) / name for name in checkpoints["checkpoint"]]

@@ -5,7 +5,7 @@ import torch
 from conftest import run_script
 
 import train
-from utils import InputError, build_parser, choose_device, choose_precision, parse_args
+from utils import InputError, build_parser, choose_device, choose_precision, parse_args, say
 
 SCRIPTS = ("train.py", "generate_soft_labels.py", "generate_distilled_submission.py", "blend.py")
 
@@ -63,10 +63,21 @@ def test_gpus_that_are_not_there_and_what_to_type_instead(monkeypatch):
     with pytest.raises(InputError, match="leave --gpus out"):
         choose_device([0, 1])
     assert choose_device(None) == ("cpu", [0])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert choose_device(None, 1) == ("cpu", [0])  # asked for, though there are GPUs
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match="type --gpus 0$"):
         choose_device([0, 1])
     assert choose_device([0]) == choose_device(None) == ("cuda", [0])
+
+
+def test_a_rank_that_no_launcher_has_set_does_not_silence_the_process(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")  # as some clusters do for every container
+    say("heard")
+    assert "heard" in capsys.readouterr().out
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    say("unheard")
+    assert "unheard" not in capsys.readouterr().out
 
 
 def test_precision_is_never_changed_silently():

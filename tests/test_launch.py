@@ -1,6 +1,7 @@
 """Several processes: folds in pieces and in parallel, DDP over gloo, torchrun on two machines, SLURM, a rank killed."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -70,12 +71,30 @@ def test_folds_in_parallel_leave_what_one_process_leaves(one_process, sample, tm
 
 
 def test_a_fold_that_fails_in_parallel_is_named_and_the_others_are_done(sample, tmp_path):
-    (tmp_path / "logs").mkdir()
+    train(sample, tmp_path, "--folds", 2)
     (tmp_path / "logs" / "fold=1-last.ckpt").write_bytes(b"damaged")
     done = train(sample, tmp_path, "--folds", 0, 1, "--cpu_processes", 2, "--parallel_folds", check=False)
     assert done.returncode == 1 and "error: fold 1 failed, see above" in done.stderr
     assert "fold 1 | error: logs/fold=1-last.ckpt cannot be loaded" in done.stdout
-    assert pd.read_csv(tmp_path / "logs" / "results.csv")["fold"].tolist() == [0]
+    assert pd.read_csv(tmp_path / "logs" / "results.csv")["fold"].tolist() == [0, 2]
+
+
+def test_a_source_file_edited_while_folds_are_trained_in_parallel_is_noticed(sample, tmp_path):
+    """On one device the second fold starts late, and would be trained by other code than the record says."""
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    for path in REPO.glob("*.py"):
+        shutil.copy(path, sources)
+    command = [sys.executable, sources / "train.py", "--data_dir", sample, *SMALL, *QUICK, "--folds", 0, 1]
+    process = start([*command, "--cpu_processes", 1, "--parallel_folds"], tmp_path)
+    while not (tmp_path / "logs" / "metrics" / "fold=0.csv").exists() and process.poll() is None:
+        time.sleep(0.1)
+    with open(sources / "models.py", "a") as file:
+        file.write("# another learning rate\n")
+    printed, _ = process.communicate(timeout=100)
+    assert process.returncode == 1 and "fold 1 | error: models.py: changed since this training was started" in printed
+    assert pd.read_csv(tmp_path / "logs" / "metrics" / "fold=0" / "result.csv")["fold"].tolist() == [0]
+    assert not list((tmp_path / "logs").glob("fold=1-*.ckpt"))
 
 
 def start(command, folder, **environment):

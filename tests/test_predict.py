@@ -1,5 +1,7 @@
 """predict.py on photos of all kinds: the numbers, and what becomes of bad ones."""
 
+import os
+
 import cv2
 import numpy as np
 import pandas as pd
@@ -11,7 +13,7 @@ import generate_soft_labels
 from dataset import read_train_csv
 from models import load_networks, predict_out_of_fold, predict_test
 from predict import find_photos
-from utils import CLASSES, InputError, build_parser, parse_args, prepare_prediction, read_folds
+from utils import CLASSES, build_parser, parse_args, prepare_prediction, read_folds
 
 
 def predict_photos(*photos, trained, cwd, check=True):
@@ -83,16 +85,20 @@ def test_bad_photos_are_reported_and_skipped_and_equal_names_stay_apart(trained,
     (tmp_path / "orchard" / "south" / "broken.JPG").write_bytes(b"no photo")
     (tmp_path / "orchard" / "empty.png").touch()
     (tmp_path / "orchard" / "notes.txt").write_text("aphids\n")
+    (tmp_path / "bare").mkdir()
+    with open(os.fsencode(tmp_path / "orchard") + b"/bl\xe4tt.jpg", "wb") as file:  # latin-1, as old archives unpack
+        file.write((images / "Test_2.jpg").read_bytes())
     options = ["--heat_maps", "maps"]
-    done, found = predict_photos("orchard", "gone.jpg", *options, trained=trained, cwd=tmp_path, check=False)
+    done, found = predict_photos("orchard", "bare", "gone.jpg", *options, trained=trained, cwd=tmp_path, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     for line in (
         "error: orchard/south/broken.JPG cannot be decoded as a photo",
         "error: orchard/empty.png is empty (0 bytes)",
-        "error: gone.jpg cannot be read: No such file or directory",
-        "error: 3 of 5 photos could not be read, see above",
+        "error: gone.jpg is missing",
+        "error: 4 of 6 photos could not be read, 1 folders held none, see above",
     ):
         assert line in done.stderr.splitlines()
+    assert "error: bare holds no photo" in done.stderr and "its name is not UTF-8: rename it" in done.stderr
     assert "orchard/notes.txt" in done.stdout
     assert found.index.tolist() == ["orchard/north/leaf.jpg", "orchard/south/leaf.jpg"]
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
@@ -126,8 +132,8 @@ def test_what_is_named_is_found_once_and_in_order(tmp_path):
     for name in ("b.jpg", "a.PNG", "below/c.tiff", "notes.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = find_photos([tmp_path / "b.jpg", tmp_path, tmp_path / "notes.md"])
-    assert found == [tmp_path / name for name in ("b.jpg", "a.PNG", "below/c.tiff", "notes.md")]
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="empty holds no photo"):
-        find_photos([tmp_path / "empty"])
+    found, empty = find_photos([tmp_path / "b.jpg", tmp_path, tmp_path / "notes.md", tmp_path / "empty"])
+    assert found == [tmp_path / name for name in ("b.jpg", "a.PNG", "below/c.tiff", "gone.jpg", "notes.md")]
+    assert empty == 1

@@ -157,6 +157,9 @@ def test_kept_predictions_of_other_checkpoints_or_options_are_not_taken(trained,
     predict = ["generate_soft_labels.py", "--folds", 0, 1, "--num_workers", 0]
     assert "taken from" not in run_script(*predict, cwd=tmp_path / "run").stdout
     assert "taken from" in run_script(*predict, cwd=tmp_path / "run").stdout
+    next((tmp_path / "run" / "logs" / "predictions").glob("out-of-fold-*.npz")).write_bytes(b"")
+    again = run_script(*predict, cwd=tmp_path / "run").stdout
+    assert "is damaged" in again and again.count("taken from") == 1
     assert "taken from" not in run_script(*predict, "--val_batch_size", 4, cwd=tmp_path / "run").stdout
     checkpoint = next((tmp_path / "run" / "logs").glob("fold=0-*.ckpt"))
     content = torch.load(checkpoint, weights_only=True)
@@ -182,7 +185,7 @@ def test_ctrl_c_and_sigterm_say_what_is_kept_and_leave_no_process_behind(number,
     os.killpg(process.pid, number)  # as the terminal does, to the loader's workers too
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == status
-    assert "stopped: no epoch was kept yet; the same command goes on from there" in printed.splitlines()[-1]
+    assert "stopped: no epoch was kept yet" in printed.splitlines()[-1]
     wait_until(lambda: not is_alive(process.pid), process)
 
 
@@ -240,6 +243,28 @@ def test_changed_options_are_accepted_only_on_demand_and_recorded(trained, sampl
     for common in (["--image_size", 64, 64], ["--seed", 1]):  # the folds could not be put together any more
         refused = run_script(*train, *common, "--accept_changes", cwd=tmp_path / "run", check=False)
         assert refused.returncode == 1 and "keep what is there" not in refused.stderr
+
+
+def test_a_lost_record_is_no_licence_and_lost_folds_come_back(trained, sample, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    logs = tmp_path / "run" / "logs"
+    train = ["train.py", "--data_dir", sample, *SMALL, "--folds", 0, 1, "--backbone", "resnet18"]
+    folds = (logs / "folds.csv").read_bytes()
+    (logs / "folds.csv").unlink()
+    run_script(*train, cwd=tmp_path / "run")
+    assert (logs / "folds.csv").read_bytes() == folds
+    (logs / "hparams.yaml").unlink()
+    refused = run_script(*train, "--seed", 7, cwd=tmp_path / "run", check=False)  # would make another split
+    assert refused.returncode == 1 and "hparams.yaml is missing" in refused.stderr
+    assert (logs / "folds.csv").read_bytes() == folds and not (logs / "hparams.yaml").exists()
+
+
+def test_a_fresh_start_killed_in_its_middle_does_not_pass_old_results_off_as_new(trained, sample, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    options = ["--data_dir", sample, *SMALL, "--folds", 0, 1, "--backbone", "resnet18", "--gradient_clip_val", 5]
+    run_and_die("train", "half:hparams.yaml", tmp_path / "run", *options, "--fresh")
+    assert not list((tmp_path / "run" / "logs").glob("fold=*.ckpt"))
+    assert "finished already" not in run_and_die("train", "never", tmp_path / "run", *options)
 
 
 def test_an_edited_source_file_is_noticed(trained, sample, tmp_path):
