@@ -233,7 +233,7 @@ class LeafModule(pl.LightningModule):
 
     def check_last_loss(self):
         if self.last_loss is not None and not torch.isfinite(self.last_loss[0]):
-            raise LossNotFinite(self.last_loss[0].item(), self.last_loss[1].cpu().numpy())
+            raise LossNotFinite(self.last_loss[0].item(), self.last_loss[1]["row"].cpu().numpy())
 
     def on_validation_epoch_start(self):
         self.check_last_loss()
@@ -242,7 +242,7 @@ class LeafModule(pl.LightningModule):
     def training_step(self, batch, batch_idx):
         self.check_last_loss()
         loss = F.cross_entropy(self.network(normalise(batch["image"])), batch["label"])
-        self.last_loss = loss.detach(), batch["row"]
+        self.last_loss = loss.detach(), batch
         self.log("loss", loss, prog_bar=True)
         self.log("lr", self.optimizers().param_groups[0]["lr"], prog_bar=True)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["label"]), sync_dist=True)
