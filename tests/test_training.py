@@ -8,7 +8,7 @@ import torch
 import models
 import train
 from dataset import LeafDataset
-from utils import InputError, build_parser, parse_args, split_folds
+from utils import InputError, parse_args, split_folds
 
 AUCS = [0.50, 0.80, 0.70, 0.95, 0.60, 0.90, 0.85, 0.75]  # scripted: the best of these eight epochs is the fourth
 
@@ -48,7 +48,7 @@ def watched(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.optim.Adam, "step", watch_step)
         monkeypatch.setattr(models.LeafModule, "training_step", watch_batch)
         arguments = f"--log_dir {tmp_path} --max_epochs 8 --train_batch_size 8 --num_workers 0 --precision 32".split()
-        args = parse_args(build_parser(""), [*arguments, *options])
+        args = parse_args(train.parser(), [*arguments, *options])
         photos = np.random.default_rng(0).integers(0, 256, (20, 32, 64, 3), dtype=np.uint8)
         labels = np.eye(4, dtype=np.float32)[np.arange(20) % 4]
         ids = pd.Series([f"Train_{i}" for i in range(20)])
