@@ -10,7 +10,7 @@ from conftest import run_script
 from PIL import Image
 
 import generate_soft_labels
-from dataset import read_train_csv
+from dataset import read_test, read_train_csv
 from models import load_networks, predict_out_of_fold, predict_test
 from predict import find_photos
 from utils import CLASSES, build_parser, parse_args, prepare_prediction, read_folds
@@ -46,7 +46,7 @@ def test_a_training_photo_gets_its_out_of_fold_prediction(run_of_fold_0, trained
 
 def test_with_tta_a_test_photo_gets_the_prediction_of_the_submission(run_of_fold_0, trained, tmp_path):
     args, networks = run_of_fold_0
-    expected = predict_test(args, networks).set_index("image_id").loc[["Test_7", "Test_0"]]
+    expected = predict_test(args, networks, *read_test(args)).set_index("image_id").loc[["Test_7", "Test_0"]]
     photos = [trained / "leaves" / "images" / f"{name}.jpg" for name in expected.index]
     _, found = predict_photos(*photos, "--tta", trained=trained, cwd=tmp_path)
     np.testing.assert_allclose(found, expected, atol=1e-5)
