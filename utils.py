@@ -56,6 +56,7 @@ def stop_cleanly(kept):
 
     Loader workers forked meanwhile ignore both signals: the process that started them ends them.
     """
+    received = []
     owner, before = os.getpid(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def stop(number, frame):
@@ -66,16 +67,19 @@ def stop_cleanly(kept):
                 signal, "SIGCHLD"
             ):  # torch's handler raises an error for a worker that the same signal has ended
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            received.append(number)
             raise Stopped(128 + number)
 
     for number in before:
         signal.signal(number, stop)
     try:
         yield
-    except Stopped:
+    except BaseException as error:  # torch.save, interrupted, makes a RuntimeError of it
+        if not received and not isinstance(error, Stopped):
+            raise
         if text := kept():
             say(f"stopped: {text}")
-        raise
+        raise Stopped(128 + received[0] if received else error.code) from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
