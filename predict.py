@@ -61,15 +61,18 @@ def find_photos(names):
 
 
 def load_or_report(path, image_size):
-    """The photo as the networks see it, or None if it cannot be used: the reason then goes to stderr."""
+    """The photo as the networks see it, or None if it cannot be used: the reason then goes to stderr.
+
+    In one write each: several threads do so at once.
+    """
     try:
         str(path).encode()
         return load_photo(path, image_size)
     except UnicodeEncodeError:
-        print(f"error: {path} cannot be written down, its name is not UTF-8: rename it", file=sys.stderr, flush=True)
+        sys.stderr.write(f"error: {path} cannot be written down, its name is not UTF-8: rename it\n")
         return None
     except InputError as error:
-        print(error, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{error}\n")
         return None
 
 
