@@ -1,15 +1,26 @@
-# Two commands for a fresh machine: `make demo` (all five steps on rendered leaves, CPU) and `make test` (lint and all tests).
+# Two commands for a fresh machine: `make demo` (all five steps on rendered leaves) and `make test` (lint and all tests).
+# Both run on the CPU, also where there are GPUs. `make quick` is for the one who edits: lint and the tests of the recipe.
 PYTHON ?= python3
+RECIPE = tests/test_augmentation.py tests/test_data.py tests/test_fidelity.py tests/test_prediction.py tests/test_training.py
 
-.PHONY: demo test
+export CUDA_VISIBLE_DEVICES =
+
+.PHONY: demo lint quick test
 
 demo: .venv/installed
 	.venv/bin/python -m tools.demo
 
-test: .venv/installed-dev
+test: lint
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || echo "No browser here: the tests of \
+	error_analysis.html in one will be skipped. On Debian: apt-get install chromium chromium-driver"
+	.venv/bin/python -m pytest -n 2 --dist loadfile --durations=15
+
+quick: lint
+	.venv/bin/python -m pytest -n 2 --dist loadfile $(RECIPE)
+
+lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -562,7 +562,7 @@ def prepare_prediction(args):
     if (args.cpu_processes or 1) > 1:
         raise InputError("--cpu_processes is for training; prediction uses all cores anyway")
     kind, indices = choose_device(args.gpus, args.cpu_processes)
-    args.precision = choose_precision(args.precision, kind)
+    args.precision = choose_precision(args.precision or "32", kind)  # as the original predicted
     args.devices = [torch.device(kind, index) for index in indices]
     files = [Path(args.log_dir) / name for name in checkpoints["checkpoint"]]
     files += [Path(__file__).parent / name for name in SOURCES]

@@ -1,50 +1,190 @@
-"""What several tests share: a small rendered data set, and a way to run a script as a user does."""
+"""What several tests share: rendered data sets, a trained fold, and ways to run a script as a user does.
 
+All tests run on the CPU, also where there are GPUs. Under `pytest -n 2` each process computes with one thread.
+"""
+
+import atexit
 import os
+import pickle
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from functools import cache
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
+from filelock import FileLock
 
 REPO = Path(__file__).parent.parent
-SMALL = "--weights none --image_size 32 64 --max_epochs 1 --train_batch_size 8 --num_workers 0".split()
+SMALL = "--weights none --image_size 32 64 --max_epochs 1 --train_batch_size 8 --num_workers 0 --precision 32".split()
+QUICK = [*SMALL, "--backbone", "resnet18"]  # where it does not matter that the network is the real one
+RUNNING = set()  # processes that a failed test may have left
 
 
-def run_script(script, *arguments, cwd, check=True, **environment):
-    """Run a script of the repository in the folder `cwd`: CompletedProcess with stdout and stderr as text."""
-    command = [sys.executable, *([str(REPO / script)] if script.endswith(".py") else ["-m", script])]
-    paths = {"PYTHONPATH": str(REPO)} if not script.endswith(".py") else {}
-    done = subprocess.run(
-        command + [str(argument) for argument in arguments],
-        cwd=cwd,
-        env={**os.environ, **paths, **environment},
-        text=True,
-        capture_output=True,
-    )
+@atexit.register
+def end_what_is_left():
+    for process in RUNNING:
+        if process.poll() is None:
+            process.kill_group()
+
+
+@cache
+def fork_server():
+    """Start forkserver.py; returns the address at which it takes requests until this process ends."""
+    address = str(Path(tempfile.mkdtemp()) / "forkserver")
+    command = [sys.executable, str(REPO / "tests" / "forkserver.py"), address]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    assert server.stdout.readline() == b"ready\n"
+    atexit.register(shutil.rmtree, Path(address).parent)
+    atexit.register(server.communicate)
+    return address
+
+
+class Script:
+    """A running `python ARGUMENTS`, the first process of its own group; what it prints goes to files."""
+
+    def __init__(self, arguments, cwd, environment, cold, file_size):
+        self.folder = tempfile.TemporaryDirectory()
+        self.returncode = None
+        RUNNING.add(self)
+        files = [open(Path(self.folder.name) / name, "w") for name in ("stdout", "stderr")]
+        with open(os.devnull) as nothing, files[0], files[1]:
+            streams = [nothing, *files]
+            if cold or sys.platform != "linux":  # elsewhere a fork of so large a process is not safe
+                assert file_size is None
+                streams = dict(zip(("stdin", "stdout", "stderr"), streams, strict=True))
+                command = [sys.executable, *arguments]
+                self.process = subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **streams)
+                self.pid, self.status = self.process.pid, None
+            else:
+                request = {"arguments": arguments, "cwd": str(cwd), "environment": environment, "file_size": file_size}
+                self.status = socket.socket(socket.AF_UNIX)
+                self.status.connect(fork_server())
+                socket.send_fds(self.status, [pickle.dumps(request)], [stream.fileno() for stream in streams])
+                self.pid = int.from_bytes(self.status.recv(4), "little")
+
+    @property
+    def stdout(self):
+        return (Path(self.folder.name) / "stdout").read_text(errors="replace")
+
+    @property
+    def stderr(self):
+        return (Path(self.folder.name) / "stderr").read_text(errors="replace")
+
+    def poll(self):
+        """Its exit status, negative for a signal, or None while it runs."""
+        if self.returncode is None and self.status is None:
+            self.returncode = self.process.poll()
+        elif self.returncode is None:
+            self.status.setblocking(False)
+            try:
+                self.returncode = int.from_bytes(self.status.recv(4), "little", signed=True)
+                RUNNING.discard(self)
+            except BlockingIOError:
+                pass
+        return self.returncode
+
+    def wait(self, seconds=300):
+        """Wait for its end; returns the exit status."""
+        wait_until(lambda: self.poll() is not None, self, seconds)
+        return self.returncode
+
+    def kill_group(self, number=signal.SIGKILL):
+        os.killpg(self.pid, number)
+
+    def group_is_gone(self, seconds=30):
+        """Whether all its processes end within some seconds."""
+        for _ in range(seconds * 20):
+            try:
+                os.killpg(self.pid, 0)
+            except ProcessLookupError:
+                return True
+            time.sleep(0.05)
+        return False
+
+
+def wait_until(condition, script, seconds=120):
+    """Wait for something that a running script brings about; its group is killed when that takes too long."""
+    end = time.monotonic() + seconds
+    while not condition():
+        ended = script.poll() is not None
+        if ended and condition():
+            return
+        if ended or time.monotonic() > end:
+            if not ended:
+                script.kill_group()
+            raise AssertionError("waited in vain:\n" + script.stdout + script.stderr)
+        time.sleep(0.02)
+
+
+def start_script(script, *arguments, cwd, cold=False, file_size=None, **environment):
+    """Start a script of the repository, a module or, after "-c", code, in the folder `cwd`: a Script.
+
+    cold: by a new interpreter, not forked from forkserver.py; file_size: no file may grow beyond so many bytes.
+    """
+    words = [str(argument) for argument in arguments]
+    if script != "-c":
+        words = [str(REPO / script), *words] if script.endswith(".py") else ["-m", script, *words]
+    else:
+        words = ["-c", *words]
+    paths = {} if script.endswith(".py") else {"PYTHONPATH": str(REPO)}
+    return Script(words, cwd, {**os.environ, **paths, **environment}, cold, file_size)
+
+
+def run_script(script, *arguments, check=True, **options):
+    """Run a script to its end, options as of start_script; with `check` it must succeed. Returns the Script."""
+    done = start_script(script, *arguments, **options)
+    status = done.wait()
     if check:
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert status == 0, done.stdout + done.stderr
     return done
+
+
+def shared_folder(tmp_path_factory, name, fill):
+    """A folder that the first of all test processes that asks for it fills by `fill(folder)`; for reading only."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder, complete = root / "shared" / name, root / "shared" / f"{name}.complete"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not complete.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            fill(folder)
+            complete.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory):
     """A rendered data set of 41 labelled and 12 unlabelled photos in the competition's layout."""
-    folder = tmp_path_factory.mktemp("data") / "sample"
-    size = ["--n_train", 41, "--n_test", 12, "--photo_size", 96, 144]
-    run_script("tools.generate_sample_data", "--out", folder, *size, cwd=folder.parent)
-    return folder
+
+    def render(folder):
+        size = ["--n_train", 41, "--n_test", 12, "--photo_size", 96, 144]
+        run_script("tools.generate_sample_data", "--out", folder / "sample", *size, cwd=folder)
+
+    return shared_folder(tmp_path_factory, "sample", render) / "sample"
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A folder with a rendered data set, leaves/, and in logs/ the first fold trained on it, well enough to mean something.
 
-    160 labelled and 80 unlabelled photos, a validation AUC of about 0.89 after 40 seconds.
+    160 labelled and 80 unlabelled photos, a validation AUC of about 0.89.
     """
-    folder = tmp_path_factory.mktemp("trained")
-    size = ["--n_train", 160, "--n_test", 80, "--photo_size", 128, 192]
-    run_script("tools.generate_sample_data", "--out", "leaves", *size, cwd=folder)
-    options = "--weights none --image_size 64 96 --max_epochs 4 --train_batch_size 8 --num_workers 0 --folds 0"
-    run_script("train.py", "--data_dir", "leaves", *options.split(), cwd=folder)
-    return folder
+
+    def train(folder):
+        size = ["--n_train", 160, "--n_test", 80, "--photo_size", 128, 192]
+        run_script("tools.generate_sample_data", "--out", "leaves", *size, cwd=folder)
+        options = "--image_size 64 96 --max_epochs 4 --folds 0".split()
+        run_script("train.py", "--data_dir", "leaves", *SMALL, *options, cwd=folder)
+
+    return shared_folder(tmp_path_factory, "trained", train)

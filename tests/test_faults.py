@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import REPO, run_script
+from conftest import run_script, start_script, wait_until
 from PIL import Image
 
 import blend
@@ -459,11 +459,11 @@ def test_a_folder_of_photos_that_is_missing_is_named(tmp_path):
 
 BUILDER = """
 import sys, time
-sys.path.insert(0, {repo!r})
 import dataset
+folder, stop = sys.argv[1:]
 decoded, real = [], dataset.decode_photo
 def decode_photo(path):
-    if path.stem == {stop!r}:
+    if path.stem == stop:
         print("half", flush=True)
         time.sleep(600)
     time.sleep(0.05)
@@ -471,26 +471,25 @@ def decode_photo(path):
     return real(path)
 dataset.decode_photo = decode_photo
 print("ready", flush=True)
-input()
-images = dataset.cache_images("train", ["Train_%d" % i for i in range(6)], {data!r}, (16, 24), {cache!r})
+while not dataset.Path("go").exists():
+    time.sleep(0.01)
+images = dataset.cache_images("train", ["Train_%d" % i for i in range(6)], folder, (16, 24), folder + "/cache")
 print(len(decoded), dataset.sha256(images.array.tobytes()).hexdigest(), flush=True)
 """
 
 
 def start_builder(photos, stop=""):
-    """A process that builds the image cache once a line is written to it; at the photo `stop` it says half and waits."""
-    code = BUILDER.format(repo=str(REPO), data=str(photos), cache=str(photos / "cache"), stop=stop)
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+    """A process that builds the image cache once there is a file "go"; at the photo `stop` it says half and waits."""
+    script = start_script("-c", BUILDER, photos, stop, cwd=photos)
+    wait_until(lambda: "ready" in script.stdout, script)
+    return script
 
 
 def test_two_processes_build_the_cache_once_and_both_use_it(photos):
-    processes = [start_builder(photos) for _ in range(2)]
-    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 2
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    answers = [process.communicate()[0].split() for process in processes]
+    scripts = [start_builder(photos) for _ in range(2)]
+    (photos / "go").touch()
+    assert [script.wait() for script in scripts] == [0, 0]
+    answers = [script.stdout.splitlines()[-1].split() for script in scripts]
     assert sorted(int(count) for count, _ in answers) == [0, N_PHOTOS]
     assert answers[0][1] == answers[1][1] == dataset.sha256(build(photos).array.tobytes()).hexdigest()
     assert_right(build(photos), photos)
@@ -498,12 +497,11 @@ def test_two_processes_build_the_cache_once_and_both_use_it(photos):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_a_build_that_is_killed_is_never_used_and_the_next_one_removes_its_rest(photos):
-    process = start_builder(photos, stop="Train_4")
-    process.stdin.write("\n")
-    process.stdin.flush()
-    assert [process.stdout.readline(), process.stdout.readline()] == ["ready\n", "half\n"]
-    process.kill()
-    process.wait()
+    (photos / "go").touch()
+    script = start_builder(photos, stop="Train_4")
+    wait_until(lambda: "half" in script.stdout, script)
+    script.kill_group()
+    assert script.wait() == -signal.SIGKILL
     assert [name for name in names(photos / "cache") if name.startswith(".")] == names(photos / "cache") != []
     assert_right(build(photos), photos)
     assert len(names(photos / "cache")) == 1 and not names(photos / "cache")[0].startswith(".")

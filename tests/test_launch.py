@@ -4,28 +4,26 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPO, SMALL, run_script
+from conftest import QUICK as ONE_EPOCH
+from conftest import REPO, run_script, start_script, wait_until
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from models import LeafNet
 
-QUICK = ["--backbone", "resnet18", "--max_epochs", 2]
+QUICK = [*ONE_EPOCH, "--max_epochs", 2]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # on a CPU, results depend on the number of threads
 
 
-def train(sample, folder, *options, check=True, **environment):
-    options = [*SMALL, *QUICK, *options]
-    return run_script("train.py", "--data_dir", sample, *options, cwd=folder, check=check, **ONE_THREAD, **environment)
+def train(sample, folder, *options, check=True, cold=False):
+    options = ["--data_dir", sample, *QUICK, *options]
+    return run_script("train.py", *options, cwd=folder, check=check, cold=cold, **ONE_THREAD)
 
 
 def outcome(folder):
@@ -41,7 +39,7 @@ def outcome(folder):
 def one_process(sample, tmp_path_factory):
     """Folds 0, 1 and 2, one after the other in one process."""
     folder = tmp_path_factory.mktemp("one")
-    train(sample, folder, "--folds", 0, 1, 2)
+    train(sample, folder, "--folds", 0, 1, 2, cold=True)
     return folder
 
 
@@ -85,28 +83,15 @@ def test_a_source_file_edited_while_folds_are_trained_in_parallel_is_noticed(sam
     sources.mkdir()
     for path in REPO.glob("*.py"):
         shutil.copy(path, sources)
-    command = [sys.executable, sources / "train.py", "--data_dir", sample, *SMALL, *QUICK, "--folds", 0, 1]
-    process = start([*command, "--cpu_processes", 1, "--parallel_folds"], tmp_path)
-    while not (tmp_path / "logs" / "metrics" / "fold=0.csv").exists() and process.poll() is None:
-        time.sleep(0.1)
+    options = ["--folds", 0, 1, "--cpu_processes", 1, "--parallel_folds"]
+    script = start_script(str(sources / "train.py"), "--data_dir", sample, *QUICK, *options, cwd=tmp_path, **ONE_THREAD)
+    wait_until((tmp_path / "logs" / "metrics" / "fold=0.csv").exists, script)
     with open(sources / "models.py", "a") as file:
         file.write("# another learning rate\n")
-    printed, _ = process.communicate(timeout=100)
-    assert process.returncode == 1 and "fold 1 | error: models.py: changed since this training was started" in printed
+    assert script.wait() == 1
+    assert "fold 1 | error: models.py: changed since this training was started" in script.stdout
     assert pd.read_csv(tmp_path / "logs" / "metrics" / "fold=0" / "result.csv")["fold"].tolist() == [0]
     assert not list((tmp_path / "logs").glob("fold=1-*.ckpt"))
-
-
-def start(command, folder, **environment):
-    return subprocess.Popen(
-        list(map(str, command)),
-        cwd=folder,
-        env={**os.environ, **ONE_THREAD, **environment},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
 
 
 def children(pid):
@@ -118,24 +103,10 @@ def children(pid):
 
 def start_two_processes(sample, folder):
     """A long training by two processes; returns it and its two processes, once the first epoch is over."""
-    command = [sys.executable, REPO / "train.py", "--data_dir", sample, *SMALL, *QUICK]
-    process = start([*command, "--folds", 1, "--max_epochs", 5000, "--cpu_processes", 2], folder)
-    for _ in range(1200):
-        if (folder / "logs" / "metrics" / "fold=1.csv").exists():
-            return process, children(process.pid)
-        time.sleep(0.1)
-    process.kill()
-    raise AssertionError(process.communicate()[0])
-
-
-def group_is_gone(process):
-    for _ in range(300):
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
-    return False
+    options = ["--folds", 1, "--max_epochs", 5000, "--cpu_processes", 2]
+    script = start_script("train.py", "--data_dir", sample, *QUICK, *options, cwd=folder, **ONE_THREAD)
+    wait_until((folder / "logs" / "metrics" / "fold=1.csv").exists, script)
+    return script, children(script.pid)
 
 
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds processes in Linux' /proc")
@@ -144,29 +115,29 @@ needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="f
 @needs_proc
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_of_two_processes_is_killed_the_other_ends_with_a_message(victim, sample, tmp_path):
-    process, ranks = start_two_processes(sample, tmp_path)
+    script, ranks = start_two_processes(sample, tmp_path)
     assert len(ranks) == 2
     os.kill(ranks[victim], signal.SIGKILL)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "of 2 was killed (SIGKILL), the others are ended; the same command goes on from there" in printed
-    assert group_is_gone(process)
+    assert script.wait(60) == 1
+    said = "of 2 was killed (SIGKILL), the others are ended; the same command goes on from there"
+    assert said in script.stderr.splitlines()[-1]
+    assert script.group_is_gone()
 
 
 @needs_proc
 def test_processes_end_when_their_launcher_is_killed(sample, tmp_path):
-    process, ranks = start_two_processes(sample, tmp_path)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert len(ranks) == 2 and group_is_gone(process)
+    script, ranks = start_two_processes(sample, tmp_path)
+    os.kill(script.pid, signal.SIGKILL)
+    script.wait()
+    assert len(ranks) == 2 and script.group_is_gone()
 
 
 def test_ctrl_c_ends_all_processes_and_says_what_is_kept(sample, tmp_path):
-    process, _ = start_two_processes(sample, tmp_path)
-    os.killpg(process.pid, signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and printed.count("stopped: no epoch was kept yet") == 1
-    assert group_is_gone(process)
+    script, _ = start_two_processes(sample, tmp_path)
+    script.kill_group(signal.SIGINT)
+    assert script.wait(60) == 130
+    assert (script.stdout + script.stderr).count("stopped: no epoch was kept yet") == 1
+    assert script.group_is_gone()
 
 
 def free_port():
@@ -175,28 +146,28 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def finish(processes):
-    printed = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(printed)
+def finish(scripts):
+    ended = [script.wait() for script in scripts]
+    assert ended == [0] * len(scripts), "\n".join(script.stdout + script.stderr for script in scripts)
 
 
 def test_torchrun_on_two_machines_leaves_what_two_processes_of_one_leave(two_processes, sample, tmp_path):
     port = free_port()
-    script = [REPO / "train.py", "--data_dir", sample, *SMALL, *QUICK, "--folds", 1, "--num_nodes", 2]
+    script = [REPO / "train.py", "--data_dir", sample, *QUICK, "--folds", 1, "--num_nodes", 2]
     where = ["--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *where]
-    finish([start([*torchrun, "--node_rank", rank, *script], tmp_path) for rank in (0, 1)])
+    torchrun = ["torch.distributed.run", *where, "--node_rank"]
+    finish([start_script(*torchrun, rank, *script, cwd=tmp_path, **ONE_THREAD) for rank in (0, 1)])
     assert outcome(tmp_path) == outcome(two_processes)
 
 
 def test_slurm_on_two_machines_leaves_what_two_processes_of_one_leave(two_processes, sample, tmp_path):
     """srun's environment, as SLURM's manual lists it; no SLURM is needed to read it."""
-    script = [REPO / "train.py", "--data_dir", sample, *SMALL, *QUICK, "--folds", 1, "--num_nodes", 2]
+    script = ["train.py", "--data_dir", sample, *QUICK, "--folds", 1, "--num_nodes", 2]
     job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "leaves", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
     job |= {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "localhost", "SLURM_NODELIST": "localhost", "SLURM_LOCALID": "0"}
-    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | ONE_THREAD
     tasks = [{"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in (0, 1)]
-    finish([start([sys.executable, *script], tmp_path, **job, **task) for task in tasks])
+    finish([start_script(*script, cwd=tmp_path, **job, **task) for task in tasks])
     assert outcome(tmp_path) == outcome(two_processes)
 
 
@@ -208,10 +179,9 @@ def test_num_nodes_without_torchrun_is_refused_before_anything_is_written(option
 
 def test_a_number_of_processes_that_does_not_fit_is_refused(sample, tmp_path):
     where = ["--nnodes", 1, "--nproc_per_node", 1, "--master_port", free_port()]
-    script = [REPO / "train.py", "--data_dir", sample, *SMALL, "--cpu_processes", 2]
-    process = start([sys.executable, "-m", "torch.distributed.run", *where, *script], tmp_path)
-    printed, _ = process.communicate(timeout=100)
-    assert process.returncode == 1 and "--cpu_processes and --num_nodes" in printed
+    script = [REPO / "train.py", "--data_dir", sample, *QUICK, "--cpu_processes", 2]
+    done = run_script("torch.distributed.run", *where, *script, cwd=tmp_path, check=False, **ONE_THREAD)
+    assert done.returncode == 1 and "--cpu_processes and --num_nodes" in done.stderr
     assert not (tmp_path / "logs").exists()
 
 

@@ -3,9 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import REPO, SMALL, run_script
+from conftest import QUICK, REPO, SMALL, run_script, start_script, wait_until
 
 # Runs a script that keeps what it has at every opportunity, and kills itself (SIGKILL) when a moment is reached.
 KILLER = """
@@ -53,20 +50,19 @@ module.main(parse_args(train.parser() if script == "train" else build_parser("")
 # More epochs than the six whose checkpoints are kept: once with the real network, else with one that is quicker.
 REAL = ["--max_epochs", 8, "--folds", 0]
 LONG = ["--max_epochs", 8, "--folds", 0, "--backbone", "resnet18"]
+TRIANGULAR = ["--max_epochs", 3, "--folds", 0, "--backbone", "resnet18", "--lr_schedule", "triangular"]
 SHORT = ["--max_epochs", 2, "--folds", 0, 1, "--backbone", "resnet18"]
 
 
-def run_and_die(script, moment, folder, *options):
+def run_and_die(script, moment, folder, *options, cold=False):
     """Run a script until it kills itself at `moment`, or to its end for the moment "never"; returns what it printed."""
-    command = [sys.executable, "-c", KILLER, script, moment, *options]
-    environment = {**os.environ, "PYTHONPATH": str(REPO)}
-    done = subprocess.run(list(map(str, command)), cwd=folder, env=environment, text=True, capture_output=True)
+    done = run_script("-c", KILLER, script, moment, *options, cwd=folder, check=False, cold=cold)
     assert done.returncode == (0 if moment == "never" else -signal.SIGKILL), done.stdout + done.stderr
     return done.stdout
 
 
-def train_and_die(moment, sample, folder, options):
-    return run_and_die("train", moment, folder, "--data_dir", sample, *SMALL, *options)
+def train_and_die(moment, sample, folder, options, cold=False):
+    return run_and_die("train", moment, folder, "--data_dir", sample, *SMALL, *options, cold=cold)
 
 
 def outcome(folder):
@@ -89,7 +85,7 @@ def uninterrupted(sample, tmp_path_factory):
     def find(options):
         if tuple(options) not in known:
             folder = tmp_path_factory.mktemp("whole")
-            train_and_die("never", sample, folder, options)
+            train_and_die("never", sample, folder, options, cold=True)
             known[tuple(options)] = outcome(folder)
         return known[tuple(options)]
 
@@ -108,6 +104,7 @@ def uninterrupted(sample, tmp_path_factory):
         ("before:result.csv", SHORT, 0),  # the fold trained, its result not written
         ("after:result.csv", SHORT, "finished"),  # the result written, nothing tidied
         ("half:results.csv", SHORT, "finished"),  # between two folds
+        ("epoch:2", TRIANGULAR, 1),
     ],
 )
 def test_a_killed_training_goes_on_with_the_same_command_to_the_same_bytes(
@@ -122,7 +119,7 @@ def test_a_killed_training_goes_on_with_the_same_command_to_the_same_bytes(
     found = outcome(tmp_path)
     assert found == uninterrupted(options)
     checkpoints = [name for name in found if name.startswith("fold=0-") and name.endswith(".ckpt")]
-    assert len(checkpoints) == (2 if options is SHORT else 6)
+    assert len(checkpoints) == min(options[1], 6)
     leftovers = [path.name for path in tmp_path.rglob(".*") if path.is_file() and not path.name.endswith(".lock")]
     assert not leftovers
 
@@ -170,55 +167,25 @@ def test_kept_predictions_of_other_checkpoints_or_options_are_not_taken(trained,
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_sigterm_say_what_is_kept_and_leave_no_process_behind(number, status, sample, tmp_path):
-    command = [sys.executable, REPO / "train.py", "--data_dir", sample, *SMALL, "--folds", 2, "--backbone", "resnet18"]
-    options = ["--max_epochs", 5000, "--num_workers", 2]
-    process = subprocess.Popen(
-        list(map(str, [*command, *options])),
-        cwd=tmp_path,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    options = ["--folds", 2, "--max_epochs", 5000, "--num_workers", 2]
+    script = start_script("train.py", "--data_dir", sample, *QUICK, *options, cwd=tmp_path)
     metrics = tmp_path / "logs" / "metrics" / "fold=2.csv"
-    wait_until(metrics.exists, process)
-    os.killpg(process.pid, number)  # as the terminal does, to the loader's workers too
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == status
-    assert "stopped: no epoch was kept yet" in printed.splitlines()[-1]
-    wait_until(lambda: not is_alive(process.pid), process)
+    wait_until(metrics.exists, script)
+    script.kill_group(number)  # as the terminal does, to the loader's workers too
+    assert script.wait(60) == status
+    assert "stopped: no epoch was kept yet" in script.stdout.splitlines()[-1] and "Traceback" not in script.stderr
+    assert script.group_is_gone()
 
 
 def test_an_interrupted_prediction_keeps_what_it_has(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    command = [sys.executable, REPO / "generate_soft_labels.py", "--folds", 0, 1, "--val_batch_size", 1]
-    process = subprocess.Popen(
-        list(map(str, command)), cwd=tmp_path / "run", text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    wait_until((tmp_path / "run" / "soft_labels.csv").exists, process)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and not (tmp_path / "run" / "submission.csv").exists()
-    assert "stopped: what is predicted is kept in logs; the same command goes on from there" in printed.splitlines()[-1]
-
-
-def wait_until(condition, process):
-    """Wait, a minute at most, for something that a running process brings about."""
-    for _ in range(1200):
-        if condition():
-            return
-        time.sleep(0.05)
-    process.kill()
-    raise AssertionError("waited in vain")
-
-
-def is_alive(group):
-    """Whether a process of this process group is left."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    options = ["--folds", 0, 1, "--val_batch_size", 1]
+    script = start_script("generate_soft_labels.py", *options, cwd=tmp_path / "run")
+    wait_until((tmp_path / "run" / "soft_labels.csv").exists, script)
+    os.kill(script.pid, signal.SIGINT)
+    assert script.wait(60) == 130 and not (tmp_path / "run" / "submission.csv").exists()
+    said = script.stdout.splitlines()[-1]
+    assert "stopped: what is predicted is kept in logs; the same command goes on from there" in said
 
 
 def test_a_moved_log_directory_still_knows_its_best_checkpoints(uninterrupted, sample, tmp_path):
@@ -231,7 +198,7 @@ def test_a_moved_log_directory_still_knows_its_best_checkpoints(uninterrupted, s
 
 def test_changed_options_are_accepted_only_on_demand_and_recorded(trained, sample, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    train = ["train.py", "--data_dir", sample, *SMALL, "--folds", 0, 1, "--backbone", "resnet18"]
+    train = ["train.py", "--data_dir", sample, *QUICK, "--folds", 0, 1]
     refused = run_script(*train, "--max_epochs", 2, cwd=tmp_path / "run", check=False)
     assert refused.returncode == 1 and "max_epochs was 1, is 2" in refused.stderr
     assert "keep what is there with --accept_changes" in refused.stderr
@@ -248,7 +215,7 @@ def test_changed_options_are_accepted_only_on_demand_and_recorded(trained, sampl
 def test_a_lost_record_is_no_licence_and_lost_folds_come_back(trained, sample, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     logs = tmp_path / "run" / "logs"
-    train = ["train.py", "--data_dir", sample, *SMALL, "--folds", 0, 1, "--backbone", "resnet18"]
+    train = ["train.py", "--data_dir", sample, *QUICK, "--folds", 0, 1]
     folds = (logs / "folds.csv").read_bytes()
     (logs / "folds.csv").unlink()
     run_script(*train, cwd=tmp_path / "run")
@@ -261,7 +228,7 @@ def test_a_lost_record_is_no_licence_and_lost_folds_come_back(trained, sample, t
 
 def test_a_fresh_start_killed_in_its_middle_does_not_pass_old_results_off_as_new(trained, sample, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    options = ["--data_dir", sample, *SMALL, "--folds", 0, 1, "--backbone", "resnet18", "--gradient_clip_val", 5]
+    options = ["--data_dir", sample, *QUICK, "--folds", 0, 1, "--gradient_clip_val", 5]
     run_and_die("train", "half:hparams.yaml", tmp_path / "run", *options, "--fresh")
     assert not list((tmp_path / "run" / "logs").glob("fold=*.ckpt"))
     assert "finished already" not in run_and_die("train", "never", tmp_path / "run", *options)
@@ -273,7 +240,7 @@ def test_an_edited_source_file_is_noticed(trained, sample, tmp_path):
     for path in REPO.glob("*.py"):
         shutil.copy(path, sources)
     shutil.copytree(trained, tmp_path / "run")
-    train = [str(sources / "train.py"), "--data_dir", sample, *SMALL, "--folds", 0, "--backbone", "resnet18"]
+    train = [str(sources / "train.py"), "--data_dir", sample, *QUICK, "--folds", 0]
     assert "fold 0 is finished already" in run_script(*train, cwd=tmp_path / "run").stdout
     with open(sources / "dataset.py", "a") as file:
         file.write("# another augmentation\n")
@@ -286,21 +253,13 @@ def test_an_edited_source_file_is_noticed(trained, sample, tmp_path):
 
 def test_a_full_disk_is_said_by_file_name_and_a_rerun_finishes(sample, tmp_path):
     """A limit on the size of files does what a full disk does, and works for every user."""
-    resource = pytest.importorskip("resource")
-    options = ["--folds", 0, "--backbone", "resnet18"]
-    command = [sys.executable, REPO / "train.py", "--data_dir", sample, *SMALL, *options]
-    failed = subprocess.run(
-        list(map(str, command)),
-        cwd=tmp_path,
-        text=True,
-        capture_output=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000)),
-    )
+    train = ["train.py", "--data_dir", sample, *QUICK, "--folds", 0]
+    failed = run_script(*train, cwd=tmp_path, check=False, file_size=20_000_000)
     assert failed.returncode == 1
     assert "error: cannot write" in failed.stderr and "fold=0-epoch=0-" in failed.stderr.splitlines()[-1]
     assert "Traceback" not in failed.stderr
     assert not [path for path in (tmp_path / "logs").iterdir() if "ckpt" in path.name]
-    run_script("train.py", "--data_dir", sample, *SMALL, *options, cwd=tmp_path)
+    run_script(*train, cwd=tmp_path)
     assert (tmp_path / "logs" / "results.csv").exists()
 
 
@@ -332,7 +291,7 @@ def test_damaged_checkpoints_are_refused_by_name(trained, sample, tmp_path):
     refused = run_script("generate_soft_labels.py", "--folds", 0, 1, cwd=tmp_path / "run", check=False)
     assert refused.returncode == 1 and f"{checkpoint.name} cannot be loaded" in refused.stderr
     checkpoint.rename(logs / "fold=1-last.ckpt")  # a resume point
-    train = ["train.py", "--data_dir", sample, *SMALL, "--folds", 1, "--backbone", "resnet18"]
+    train = ["train.py", "--data_dir", sample, *QUICK, "--folds", 1]
     refused = run_script(*train, cwd=tmp_path / "run", check=False)
     assert refused.returncode == 1 and "fold=1-last.ckpt cannot be loaded" in refused.stderr
     assert "--fresh" in refused.stderr and "Traceback" not in refused.stderr

@@ -1,13 +1,10 @@
 """The drawn data set: reproducible, in the competition's layout, true to its lesions, and no colour card."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import run_script
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -17,7 +14,6 @@ from sklearn.preprocessing import StandardScaler
 from tools.generate_sample_data import main, render_leaf, true_labels, with_mistakes, write_photo
 from utils import CLASSES
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--n_train", "12", "--n_test", "8", "--photo_size", "64", "96"]
 KINDS = {"healthy": set(), "multiple_diseases": {"rust", "scab"}, "rust": {"rust"}, "scab": {"scab"}}
 
@@ -194,8 +190,7 @@ def test_existing_folders(tiny):
     """As the user sees it: a finished data set is kept, anything else is refused in one line."""
 
     def run(*options):
-        command = [sys.executable, "-m", "tools.generate_sample_data", *TINY, *options]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return run_script("tools.generate_sample_data", *TINY, *options, cwd=tiny, check=False)
 
     before = contents(tiny / "one")
     again = run("--out", str(tiny / "one"))

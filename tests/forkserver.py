@@ -1,0 +1,105 @@
+"""Starts scripts in a fraction of a second: each is forked from one process that has imported the third-party packages.
+
+A script started here is a process of its own, with its own id, group, signals, locks and exit status, that imports our
+modules itself; only the seconds of `import torch` are saved. The server never computes: a fork would lack the threads.
+What it cannot imitate, a cold start does (`cold=True` in conftest.py): environment variables that libraries read when
+they are imported. The number of threads, OMP_NUM_THREADS, is set by torch instead.
+
+Run by conftest.py:  python forkserver.py ADDRESS   (a Unix socket, ended by closing standard input)
+"""
+
+import gc
+import importlib
+import os
+import pickle
+import resource
+import runpy
+import select
+import signal
+import socket
+import sys
+
+PACKAGES = """
+albumentations cv2 filelock jinja2 matplotlib.pyplot numpy pandas PIL.Image pretrainedmodels pytorch_lightning scipy.ndimage
+simplejpeg sklearn.calibration sklearn.metrics sklearn.model_selection torch torch.distributed.elastic.multiprocessing.api
+torch.distributed.launcher.api torch.utils.tensorboard torchvision tqdm yaml cleanlab.filter imagehash pytorch_grad_cam
+""".split()
+
+
+def serve(address):
+    """Fork for each request until standard input is closed; returns, in the forked process, what it shall become."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the keepers
+    print("ready", flush=True)
+    while True:
+        if sys.stdin.buffer in select.select([listener, sys.stdin.buffer], [], [])[0]:
+            raise SystemExit
+        connection, _ = listener.accept()
+        content, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+        if os.fork() == 0:
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return keep(connection, pickle.loads(content), descriptors)
+        connection.close()
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def keep(connection, request, descriptors):
+    """Fork once more and tell the client the new process's id and how it ended; returns the request in that process."""
+    parent, child = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        connection.close()
+        os.close(child)
+        os.read(parent, 1)  # its first step comes after the client knows its id
+        os.close(parent)
+        for target, descriptor in enumerate(descriptors):
+            os.dup2(descriptor, target)
+            os.close(descriptor)
+        return request
+    for descriptor in descriptors:
+        os.close(descriptor)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection.sendall(pid.to_bytes(4, "little"))
+    os.write(child, b".")
+    _, status = os.waitpid(pid, 0)
+    connection.sendall(os.waitstatus_to_exitcode(status).to_bytes(4, "little", signed=True))
+    os._exit(0)
+
+
+def become(arguments, cwd, environment, file_size):
+    """Turn this process into `python ARGUMENTS`: a script, `-m MODULE` or `-c CODE`, and what follows."""
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    if file_size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    import torch
+
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
+    paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    kind = arguments[0]
+    here = os.path.dirname(os.path.realpath(kind)) if kind not in ("-m", "-c") else cwd if kind == "-m" else ""
+    sys.path[:1] = [here, *paths]
+    if kind == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = arguments
+        runpy.run_path(kind, run_name="__main__")
+
+
+if __name__ == "__main__":
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    for name in PACKAGES:
+        importlib.import_module(name)
+    gc.freeze()  # or the first collection of a fork would copy every page
+    become(**serve(sys.argv[1]))
