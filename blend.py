@@ -9,15 +9,17 @@ Expect  0.98354 public and 0.98253 private at Kaggle (published).
 
 import argparse
 
-from dataset import read_probabilities
-from utils import CLASSES, HelpFormatter, say, write_csv
+from harness.console import say
+from harness.files import write_csv
+from harness.tables import read_probabilities
+from utils import CLASSES, HelpFormatter
 
 
 def main(args):
     classes = list(CLASSES)
-    mix = read_probabilities(args.submissions[0])
+    mix = read_probabilities(args.submissions[0], CLASSES)
     for path in args.submissions[1:]:
-        mix[classes] += read_probabilities(path, mix["image_id"])[classes]
+        mix[classes] += read_probabilities(path, CLASSES, mix["image_id"])[classes]
     mix[classes] /= len(args.submissions)
     write_csv(args.output, mix)
     say(f"wrote {args.output}: the mean of {' and '.join(args.submissions)}, {len(mix)} rows")

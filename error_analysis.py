@@ -10,6 +10,20 @@ Writes  error_analysis.html: one page that needs no network, with heat maps, sus
 Expect  the out-of-fold AUC, the number of errors, suspects and near-duplicates.
 """
 
+from utils import CLASSES, N_FOLDS, column_aucs, make_parser, mean_auc, parse_args, positive
+
+
+def make_analysis_parser():
+    """What error_analysis.py takes."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument_group("error analysis").add_argument
+    add("--worst", type=positive, default=24, metavar="N", help="wrong photos with heat maps, suspects with pictures")
+    return parser
+
+
+if __name__ == "__main__":  # before the imports that take seconds: a typo should not wait for them
+    ARGS = parse_args(make_analysis_parser())
+
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,27 +35,16 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 from tqdm import tqdm
 
-import figures
-from dataset import fit_photo, read_photo, read_train_csv
-from heat_maps import data_uri, heat_maps, overlay, shrink
-from models import load_networks, predict, predict_out_of_fold
-from utils import (
-    CLASSES,
-    InputError,
-    atomic_write,
-    build_parser,
-    column_aucs,
-    go_on,
-    mean_auc,
-    parse_args,
-    positive,
-    prepare_prediction,
-    read_folds,
-    read_own_csv,
-    say,
-    stop_cleanly,
-    write_csv,
-)
+from analysis import figures
+from analysis.heat_maps import data_uri, heat_maps, overlay, shrink
+from dataset import fit_photo
+from harness.console import InputError, say
+from harness.files import atomic_write, write_csv
+from harness.log_dir import read_folds, read_own_csv
+from harness.photos import read_photo
+from harness.prediction import predict, prepare_prediction, stopping_cleanly
+from harness.tables import read_train_csv
+from inference import load_networks, predict_out_of_fold
 
 THUMBNAIL = 120  # longest side in pixels: there is one of every photo
 CONFIDENT = 2  # right and most certain photos of each class that get heat maps
@@ -230,7 +233,9 @@ def show_tta(args, photos, networks):
 
 def write_page(path, **content):
     """Fill the page's template, error_analysis_page.html.jinja, and write it whole or not at all."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "analysis"), autoescape=True, trim_blocks=True
+    )
     environment.filters["pretty"] = figures.pretty
     template = environment.get_template("error_analysis_page.html.jinja")
     with atomic_write(path, "w") as file:
@@ -238,9 +243,9 @@ def write_page(path, **content):
 
 
 def main(args):
-    checkpoints = prepare_prediction(args)
+    checkpoints = prepare_prediction(args, N_FOLDS)
     metrics = read_metrics(args.log_dir, args.folds)
-    train = read_train_csv(args.data_dir)
+    train = read_train_csv(args.data_dir, CLASSES)
     folds = read_folds(args.log_dir, train["image_id"])
     networks = load_networks(args, checkpoints)
 
@@ -293,9 +298,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = build_parser(__doc__)
-    add = parser.add_argument_group("error analysis").add_argument
-    add("--worst", type=positive, default=24, metavar="N", help="wrong photos with heat maps, suspects with pictures")
-    args = parse_args(parser)
-    with stop_cleanly(lambda: f"what is predicted is kept in {args.log_dir}; {go_on()}"):
-        main(args)
+    with stopping_cleanly(ARGS):
+        main(ARGS)

@@ -7,19 +7,25 @@ Writes  submission_distill.csv: each test photo, the mean of five networks x eig
 Expect  0.98422 public and 0.98135 private at Kaggle (published).
 """
 
+from utils import N_FOLDS, make_parser, parse_args
+
+if __name__ == "__main__":  # before the imports that take seconds: a typo should not wait for them
+    ARGS = parse_args(make_parser(__doc__, log_dir="logs_submit_distill"))
+
 from dataset import read_test
-from models import load_networks, predict_test
-from utils import build_parser, go_on, parse_args, prepare_prediction, say, stop_cleanly, write_csv
+from harness.console import say
+from harness.files import write_csv
+from harness.prediction import prepare_prediction, stopping_cleanly
+from inference import load_networks, predict_test
 
 
 def main(args):
-    checkpoints = prepare_prediction(args)
+    checkpoints = prepare_prediction(args, N_FOLDS)
     submission = predict_test(args, load_networks(args, checkpoints), *read_test(args))
     write_csv("submission_distill.csv", submission)
     say(f"wrote submission_distill.csv: {len(submission)} rows")
 
 
 if __name__ == "__main__":
-    args = parse_args(build_parser(__doc__, log_dir="logs_submit_distill"))
-    with stop_cleanly(lambda: f"what is predicted is kept in {args.log_dir}; {go_on()}"):
-        main(args)
+    with stopping_cleanly(ARGS):
+        main(ARGS)

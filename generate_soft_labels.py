@@ -8,26 +8,23 @@ Writes  soft_labels.csv: each training photo, by the network that has not seen i
 Expect  the out-of-fold AUC; 0.97988 public and 0.98108 private at Kaggle for submission.csv (published).
 """
 
-from dataset import read_test, read_train_csv
-from models import load_networks, predict_out_of_fold, predict_test
-from utils import (
-    CLASSES,
-    build_parser,
-    column_aucs,
-    go_on,
-    mean_auc,
-    parse_args,
-    prepare_prediction,
-    read_folds,
-    say,
-    stop_cleanly,
-    write_csv,
-)
+from utils import CLASSES, N_FOLDS, column_aucs, make_parser, mean_auc, parse_args
+
+if __name__ == "__main__":  # before the imports that take seconds: a typo should not wait for them
+    ARGS = parse_args(make_parser(__doc__))
+
+from dataset import read_test
+from harness.console import say
+from harness.files import write_csv
+from harness.log_dir import read_folds
+from harness.prediction import prepare_prediction, stopping_cleanly
+from harness.tables import read_train_csv
+from inference import load_networks, predict_out_of_fold, predict_test
 
 
 def main(args):
-    checkpoints = prepare_prediction(args)
-    train = read_train_csv(args.data_dir)
+    checkpoints = prepare_prediction(args, N_FOLDS)
+    train = read_train_csv(args.data_dir, CLASSES)
     folds = read_folds(args.log_dir, train["image_id"])
     test = read_test(args)  # now, or what is wrong with it would be said after a long prediction
     networks = load_networks(args, checkpoints)
@@ -36,8 +33,8 @@ def main(args):
     write_csv("soft_labels.csv", soft_labels)
     known = train[train["image_id"].isin(soft_labels["image_id"])]
     compared = known[list(CLASSES)], soft_labels[list(CLASSES)]
-    each = ", ".join(f"{name} {auc:.4f}" for name, auc in zip(CLASSES, column_aucs(*compared), strict=True))
-    say(f"wrote soft_labels.csv: out-of-fold AUC {mean_auc(*compared):.5f} ({each})")
+    columns = ", ".join(f"{name} {auc:.4f}" for name, auc in zip(CLASSES, column_aucs(*compared), strict=True))
+    say(f"wrote soft_labels.csv: out-of-fold AUC {mean_auc(*compared):.5f} ({columns})")
 
     submission = predict_test(args, networks, *test)
     write_csv("submission.csv", submission)
@@ -45,6 +42,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = parse_args(build_parser(__doc__))
-    with stop_cleanly(lambda: f"what is predicted is kept in {args.log_dir}; {go_on()}"):
-        main(args)
+    with stopping_cleanly(ARGS):
+        main(ARGS)

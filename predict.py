@@ -9,6 +9,23 @@ Writes  predictions.csv: each photo as it was named, and the mean probabilities 
 Expect  the same as a table. A photo that cannot be read is named on stderr and left out; the exit status is then 1.
 """
 
+from utils import CLASSES, N_FOLDS, make_parser, parse_args
+
+
+def make_prediction_parser():
+    """What predict.py takes."""
+    parser = make_parser(__doc__)
+    parser.add_argument("photos", nargs="+", metavar="PHOTO|FOLDER", help="what to classify")
+    add = parser.add_argument_group("new photos").add_argument
+    add("--tta", action="store_true", help="mean of augmented views, as in steps 2 and 4: slower, a little better")
+    add("--heat_maps", metavar="FOLDER", help="write where the networks looked, a picture a photo")
+    add("--output", default="predictions.csv", metavar="CSV", help="where the probabilities go")
+    return parser
+
+
+if __name__ == "__main__":  # before the imports that take seconds: a typo should not wait for them
+    ARGS = parse_args(make_prediction_parser())
+
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,22 +34,13 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from dataset import LeafDataset, load_photo, read_photo, train_augmentation
-from heat_maps import SHOWN, encode_jpeg, heat_maps, overlay, shrink
-from models import load_networks, predict
-from utils import (
-    CLASSES,
-    TTA_DRAWS,
-    InputError,
-    atomic_write,
-    build_parser,
-    make_folder,
-    parse_args,
-    prepare_prediction,
-    say,
-    stop_cleanly,
-    write_csv,
-)
+from analysis.heat_maps import SHOWN, encode_jpeg, heat_maps, overlay, shrink
+from dataset import LeafDataset, load_photo, train_augmentation
+from harness.console import InputError, say, stop_cleanly
+from harness.files import atomic_write, make_folder, write_csv
+from harness.photos import read_photo
+from harness.prediction import predict, prepare_prediction
+from inference import TTA_DRAWS, load_networks
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".jp2"}  # what is a photo in a folder
 AT_ONCE = 256  # photos in memory
@@ -101,7 +109,7 @@ def main(args):
     if Path(args.output).is_dir():
         raise InputError(f"--output {args.output} is a folder: name a file")
     paths, empty = find_photos(args.photos)
-    networks = load_networks(args, prepare_prediction(args))
+    networks = load_networks(args, prepare_prediction(args, N_FOLDS))
     if args.heat_maps is not None:
         make_folder(args.heat_maps)
 
@@ -137,14 +145,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = build_parser(__doc__)
-    parser.add_argument("photos", nargs="+", metavar="PHOTO|FOLDER", help="what to classify")
-    add = parser.add_argument_group("new photos").add_argument
-    add(
-        "--tta", action="store_true", help="mean of eight augmented views, as in steps 2 and 4: slower, a little better"
-    )
-    add("--heat_maps", metavar="FOLDER", help="write where the networks looked, a picture a photo")
-    add("--output", default="predictions.csv", metavar="CSV", help="where the probabilities go")
-    args = parse_args(parser)
     with stop_cleanly(lambda: "nothing is written yet"):
-        main(args)
+        main(ARGS)

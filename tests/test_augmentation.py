@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import GaussianBlur3, LeafDataset, MotionBlur3, augmentation_parts, normalise, train_augmentation
+from analysis.figures import augmentation_parts
+from dataset import GaussianBlur3, LeafDataset, MotionBlur3, train_augmentation
+from models import LeafNet
 
 REFERENCE = Path(__file__).parent / "reference"
 FIGURES = json.loads((REFERENCE / "augmentations.json").read_text())
@@ -185,7 +187,7 @@ def test_normalisation_is_the_originals():
     """Linear, so that a channel's mean is enough: the reference photo's, recovered from the figure's own mean."""
     mean_colour = np.array([108.61, 147.09, 103.61])  # of the reference photo, 0…255
     images = torch.from_numpy(mean_colour.round().astype(np.uint8)).expand(2, 4, 6, 3)
-    normalised = normalise(images)
+    normalised = LeafNet().normalise(images)
     assert normalised.shape == (2, 3, 4, 6) and normalised.dtype == torch.float32
     step = 1 / 255 / np.array([0.229, 0.224, 0.225])  # one grey level
     np.testing.assert_array_less(np.abs(normalised[0, :, 0, 0].numpy() - FIGURES["normalize"]["mean"]), 0.5 * step)

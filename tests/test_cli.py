@@ -5,7 +5,9 @@ import torch
 from conftest import run_script
 
 import train
-from utils import InputError, build_parser, choose_device, choose_precision, parse_args, say
+from harness.console import InputError, say
+from harness.devices import choose_device, choose_precision
+from utils import make_training_parser, parse_args
 
 SCRIPTS = ("train.py", "generate_soft_labels.py", "generate_distilled_submission.py", "blend.py")
 
@@ -25,7 +27,7 @@ def test_a_misspelt_option_stops_at_once(script, tmp_path):
 
 
 def test_the_originals_names_and_short_options():
-    parser = build_parser("")
+    parser = make_training_parser("")
     args = parse_args(parser, "-tbs 8 -vbs 4 -backbone resnet18 --gpus 0 1 --precision 16 --image_size 96 144".split())
     assert (args.train_batch_size, args.val_batch_size, args.backbone, args.gpus) == (8, 4, "resnet18", [0, 1])
     assert args.image_size == [96, 144] and "seed" not in args.typed and "gpus" in args.typed
@@ -54,7 +56,7 @@ def test_the_originals_names_and_short_options():
 )
 def test_wrong_values_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse_args(build_parser(""), arguments.split())
+        parse_args(make_training_parser(""), arguments.split())
     assert stop.value.code == 2 and "error" in capsys.readouterr().err
 
 
@@ -104,7 +106,7 @@ def test_an_unknown_backbone_is_refused():
 @pytest.mark.parametrize("backbone", ["resnet18", "densenet121", "xception"])
 def test_other_backbones_that_fit(backbone):
     with torch.no_grad():
-        assert train.LeafNet(backbone).eval()(torch.zeros(1, 3, 96, 96)).shape == (1, 4)
+        assert train.LeafNet(backbone).eval()(torch.zeros(1, 96, 96, 3, dtype=torch.uint8)).shape == (1, 4)
 
 
 def test_an_out_of_memory_error_says_what_to_type(sample, tmp_path, monkeypatch):
@@ -113,7 +115,7 @@ def test_an_out_of_memory_error_says_what_to_type(sample, tmp_path, monkeypatch)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "train_fold", no_room)
-    parser = train.parser()
+    parser = make_training_parser(train.__doc__)
     options = f"--data_dir {sample} --weights none --image_size 32 64 --train_batch_size 8 --accumulate_grad_batches 2"
     with pytest.raises(InputError, match="Type --accumulate_grad_batches 4: the same 8 photos a step, in 4 parts"):
         train.main(parse_args(parser, options.split()))

@@ -13,20 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-import dataset
-from dataset import (
-    EpochSampler,
-    LeafDataset,
-    cache_images,
-    load_photo,
-    make_loader,
-    mix_labels,
-    read_probabilities,
-    read_test_ids,
-    read_train_csv,
-    train_augmentation,
-)
-from utils import CLASSES, InputError, column_aucs, mean_auc, split_folds, write_csv
+from dataset import EpochSampler, LeafDataset, fit_photo, load_photo, make_loader, mix_labels, train_augmentation
+from harness import photos as photos_room
+from harness.console import InputError
+from harness.files import write_csv
+from harness.photos import cache_images
+from harness.tables import read_probabilities, read_test_ids, read_train_csv
+from utils import CLASSES, column_aucs, mean_auc, split_folds
 
 HEADER = "image_id,healthy,multiple_diseases,rust,scab\n"
 
@@ -42,7 +35,7 @@ def photos(tmp_path):
 
 
 def build(folder, ids=range(6), size=(16, 24)):
-    return cache_images("train", [f"Train_{i}" for i in ids], folder, size, folder / "cache")
+    return cache_images("train", [f"Train_{i}" for i in ids], folder, size, folder / "cache", fit_photo)
 
 
 # ---- CSV files: what satisfies the contract is read, what does not is refused. By name in test_faults.py, here at random
@@ -86,7 +79,7 @@ def test_a_table_that_satisfies_the_contract_is_read_however_it_is_written(
     tmp_path, table, spellings, line_end, mark, quoting, blank_after
 ):
     (tmp_path / "train.csv").write_bytes(encode(spell(table, spellings), line_end, mark, quoting, blank_after))
-    frame = read_train_csv(tmp_path)
+    frame = read_train_csv(tmp_path, CLASSES)
     assert frame.columns.tolist() == ["image_id", *CLASSES]
     assert frame["image_id"].tolist() == [image_id for image_id, _ in table]
     np.testing.assert_array_equal(frame[list(CLASSES)].to_numpy(), np.eye(4)[[label for _, label in table]])
@@ -102,7 +95,7 @@ def test_what_write_csv_writes_is_read_to_the_bit_in_any_order(tmp_path, table, 
     rows = list(range(len(table)))
     order.shuffle(rows)
     write_csv(tmp_path / "soft.csv", written.iloc[rows])
-    read = read_probabilities(tmp_path / "soft.csv", written["image_id"])
+    read = read_probabilities(tmp_path / "soft.csv", CLASSES, written["image_id"])
     assert read["image_id"].tolist() == written["image_id"].tolist()
     assert read[list(CLASSES)].to_numpy().tobytes() == values.tobytes()
 
@@ -154,7 +147,7 @@ def test_a_corrupted_row_is_refused_in_one_line_with_its_place(tmp_path, corrupt
     corrupt(rows, row)
     (tmp_path / "train.csv").write_bytes(encode(rows, blank_after=[0] if blank_after else []))
     with pytest.raises(InputError) as error:
-        read_train_csv(tmp_path)
+        read_train_csv(tmp_path, CLASSES)
     line = row + 1 + blank_after + (corruption == "row twice")
     said = str(error.value)
     assert said.startswith(f"error: {tmp_path / 'train.csv'}: line {line} ") and complaint in said
@@ -175,7 +168,7 @@ def test_corrupted_columns_are_refused_with_their_names(tmp_path, table, name, c
             del row[place]
     (tmp_path / "train.csv").write_bytes(encode(rows))
     with pytest.raises(InputError) as error:
-        read_train_csv(tmp_path)
+        read_train_csv(tmp_path, CLASSES)
     said = str(error.value)
     assert ("has a column" in said) == (change != "drop") and ("lacks the column" in said) == (change != "add")
     assert name in said and said.isprintable()
@@ -185,7 +178,7 @@ def test_soft_labels_are_joined_by_image_id_not_by_row(tmp_path):
     """The original looked them up by row number inside the fold: 11 of 7,284 training rows got their own."""
     path = tmp_path / "soft_labels.csv"
     path.write_text(HEADER + "b,0.1,0.2,0.3,0.4\na,0.7,0.1,0.1,0.1\n")
-    soft = read_probabilities(path, ["a", "b"])
+    soft = read_probabilities(path, CLASSES, ["a", "b"])
     assert soft["image_id"].tolist() == ["a", "b"]
     mixed = mix_labels(np.eye(4)[[0, 3]], soft[list(CLASSES)].to_numpy())
     np.testing.assert_allclose(mixed, [[0.91, 0.03, 0.03, 0.03], [0.03, 0.06, 0.09, 0.82]], atol=1e-7)
@@ -195,7 +188,7 @@ def test_soft_labels_are_joined_by_image_id_not_by_row(tmp_path):
 def test_test_photos_come_in_the_row_order_of_sample_submission(tmp_path):
     (tmp_path / "sample_submission.csv").write_text(HEADER + "b,.25,.25,.25,.25\na,.25,.25,.25,.25\n")
     (tmp_path / "test.csv").write_text("image_id\na\nb\n")
-    assert read_test_ids(tmp_path).tolist() == ["b", "a"]
+    assert read_test_ids(tmp_path, CLASSES).tolist() == ["b", "a"]
 
 
 # ---- photos
@@ -210,8 +203,8 @@ def test_the_cache_holds_the_pixels_of_a_fresh_decode(photos):
 def test_the_cache_is_built_once_and_anew_when_photo_list_or_size_changes(photos, monkeypatch):
     build(photos)
     decoded = []
-    real = dataset.decode_photo
-    monkeypatch.setattr(dataset, "decode_photo", lambda path: decoded.append(path.stem) or real(path))
+    real = photos_room.decode_photo
+    monkeypatch.setattr(photos_room, "decode_photo", lambda path: decoded.append(path.stem) or real(path))
     build(photos)
     assert not decoded
     cv2.imwrite(str(photos / "images" / "Train_3.jpg"), np.zeros((30, 40, 3), np.uint8))

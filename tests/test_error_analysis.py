@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from conftest import run_script
 
-import models
-from dataset import decode_photo, fit_photo, load_photo, normalise
+from analysis.heat_maps import heat_maps, overlay
+from dataset import fit_photo, load_photo
 from error_analysis import choose_examples, find_near_duplicates, find_suspects, hash_photo, tabulate
-from heat_maps import heat_maps, overlay
-from models import load_network
+from harness import prediction
+from harness.photos import decode_photo
+from harness.prediction import load_network
+from models import LeafNet
 from utils import CLASSES, mean_auc
 
 N_PLANTED = 6
@@ -29,7 +31,7 @@ COMMON = ("healthy", "rust", "scab")
 
 def load_trained(folder):
     checkpoint = pd.read_csv(folder / "logs" / "results.csv")["checkpoint"][0]
-    return load_network(folder / "logs" / checkpoint, "se_resnext50_32x4d")
+    return load_network(folder / "logs" / checkpoint, LeafNet())
 
 
 def true_labels(data):
@@ -115,7 +117,7 @@ def test_heat_maps_of_rust_lie_on_the_spots_that_were_drawn(trained):
 def test_heat_maps_are_grad_cam_with_the_batch_norm_before_the_pooling_and_do_not_depend_on_folding(
     trained, monkeypatch
 ):
-    monkeypatch.setattr(models, "fold_batch_norm", lambda module: None)
+    monkeypatch.setattr(prediction, "fold_batch_norm", lambda module: None)
     unfolded = load_trained(trained)
     monkeypatch.undo()
     names = pd.read_csv(trained / "leaves" / "test.csv")["image_id"][:4]
@@ -126,8 +128,8 @@ def test_heat_maps_are_grad_cam_with_the_batch_norm_before_the_pooling_and_do_no
     np.testing.assert_allclose(maps, heat_maps(unfolded, images, classes), atol=1e-4)
 
     with torch.no_grad():
-        plain = unfolded(normalise(torch.from_numpy(images)))
-        features = unfolded.backbone.features(normalise(torch.from_numpy(images)))
+        plain = unfolded(torch.from_numpy(images))
+        features = unfolded.backbone.features(unfolded.normalise(torch.from_numpy(images)))
     head = unfolded.bn
     scale = (head.weight / (head.running_var + head.eps).sqrt())[:, None, None]
     early = ((features - head.running_mean[:, None, None]) * scale).detach().requires_grad_()
@@ -211,7 +213,7 @@ def test_the_table_holds_what_the_network_makes_of_photos_it_has_not_seen(analys
     probabilities = table[list(CLASSES)].to_numpy()
     images = np.stack([load_photo(planted[0] / "images" / f"{name}.jpg", (64, 96)) for name in table["image_id"]])
     with torch.no_grad():
-        expected = load_trained(trained)(normalise(torch.from_numpy(images))).softmax(1).numpy()
+        expected = load_trained(trained)(torch.from_numpy(images)).softmax(1).numpy()
     np.testing.assert_allclose(probabilities, expected, atol=2e-5)
     assert table["predicted"].tolist() == np.array(CLASSES)[expected.argmax(1)].tolist()
     assert table["wrong"].tolist() == (table["predicted"] != table["label"]).tolist()

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from contextlib import contextmanager
+from hashlib import sha256
 from operator import attrgetter
 
 import cv2
@@ -27,10 +28,15 @@ from conftest import run_script, start_script, wait_until
 from PIL import Image
 
 import blend
-import dataset
-import utils
-from dataset import cache_images, load_photo, read_probabilities, read_test_ids, read_train_csv
-from utils import CLASSES, InputError, atomic_write, read_own_csv, write_csv
+from dataset import fit_photo, load_photo
+from harness import files
+from harness import photos as photos_room
+from harness.console import InputError
+from harness.files import atomic_write, write_csv
+from harness.log_dir import read_own_csv
+from harness.photos import cache_images
+from harness.tables import read_probabilities, read_test_ids, read_train_csv
+from utils import CLASSES
 
 HEADER = b"image_id,healthy,multiple_diseases,rust,scab\n"
 ROWS = b"a,1,0,0,0\nb,0,0,1,0\n"
@@ -112,7 +118,7 @@ def test_a_faulty_train_csv_is_refused(tmp_path, fault):
         (tmp_path / "train.csv").mkdir()
     elif content is not None:
         (tmp_path / "train.csv").write_bytes(content)
-    assert re.search(said, refusal(read_train_csv, tmp_path))
+    assert re.search(said, refusal(read_train_csv, tmp_path, CLASSES))
 
 
 TRAIN_CSV_FINE = {  # what is unusual: its bytes, the ids that are read; all rows are healthy
@@ -136,7 +142,7 @@ TRAIN_CSV_FINE = {  # what is unusual: its bytes, the ids that are read; all row
 def test_an_unusual_train_csv_is_read(tmp_path, case):
     content, ids = TRAIN_CSV_FINE[case]
     (tmp_path / "train.csv").write_bytes(content)
-    frame = read_train_csv(tmp_path)
+    frame = read_train_csv(tmp_path, CLASSES)
     assert frame["image_id"].tolist() == ids and frame.columns.tolist() == ["image_id", *CLASSES]
     np.testing.assert_array_equal(frame[list(CLASSES)].to_numpy(), [[1, 0, 0, 0]] * len(ids))
 
@@ -145,7 +151,7 @@ def test_an_unusual_train_csv_is_read(tmp_path, case):
 def test_a_csv_file_without_permission_is_named(tmp_path):
     (tmp_path / "train.csv").write_bytes(HEADER + ROWS)
     (tmp_path / "train.csv").chmod(0)
-    assert "train.csv cannot be read: Permission denied" in refusal(read_train_csv, tmp_path)
+    assert "train.csv cannot be read: Permission denied" in refusal(read_train_csv, tmp_path, CLASSES)
 
 
 # ---------------------------------------------------------------------------- soft labels and submissions, for a and b
@@ -174,7 +180,7 @@ PROBABILITIES_REFUSED = {  # what is wrong: the rows, what is said
 def test_faulty_soft_labels_are_refused(tmp_path, fault):
     rows, said = PROBABILITIES_REFUSED[fault]
     (tmp_path / "soft.csv").write_bytes(HEADER + rows)
-    assert re.search(said, refusal(read_probabilities, tmp_path / "soft.csv", ["a", "b"]))
+    assert re.search(said, refusal(read_probabilities, tmp_path / "soft.csv", CLASSES, ["a", "b"]))
 
 
 @pytest.mark.parametrize("fault", PROBABILITIES_REFUSED)
@@ -205,7 +211,7 @@ def test_submissions_in_another_order_and_the_same_one_twice_are_blended(tmp_pat
     for second, expected in (("second", [[0.5, 0, 0, 0.5], [0.25] * 4]), ("first", [[1, 0, 0, 0], [0.5, 0.5, 0, 0]])):
         names = [str(tmp_path / f"{name}.csv") for name in ("first", second)]
         blend.main(Namespace(submissions=names, output=str(tmp_path / "mix.csv")))
-        mix = read_probabilities(tmp_path / "mix.csv")
+        mix = read_probabilities(tmp_path / "mix.csv", CLASSES)
         assert mix["image_id"].tolist() == ["a", "b"]
         np.testing.assert_array_equal(mix[list(CLASSES)].to_numpy(), expected)
 
@@ -213,7 +219,7 @@ def test_submissions_in_another_order_and_the_same_one_twice_are_blended(tmp_pat
 def test_test_csv_and_sample_submission_must_have_the_same_ids(tmp_path):
     (tmp_path / "sample_submission.csv").write_bytes(HEADER + b"b,.25,.25,.25,.25\na,.25,.25,.25,.25\n")
     (tmp_path / "test.csv").write_bytes(b"image_id\na\nc\n")
-    said = refusal(read_test_ids, tmp_path)
+    said = refusal(read_test_ids, tmp_path, CLASSES)
     assert said.endswith("test.csv: has no row for b; has a row for 'c', which is not wanted")
 
 
@@ -407,7 +413,7 @@ def photos(tmp_path):
 
 
 def build(folder, size=(16, 24), n=N_PHOTOS, cache=None):
-    return cache_images("train", [f"Train_{i}" for i in range(n)], folder, size, cache or folder / "cache")
+    return cache_images("train", [f"Train_{i}" for i in range(n)], folder, size, cache or folder / "cache", fit_photo)
 
 
 def assert_right(images, folder, size=(16, 24)):
@@ -459,9 +465,10 @@ def test_a_folder_of_photos_that_is_missing_is_named(tmp_path):
 
 BUILDER = """
 import sys, time
-import dataset
+from harness import photos
+from dataset import fit_photo
 folder, stop = sys.argv[1:]
-decoded, real = [], dataset.decode_photo
+decoded, real = [], photos.decode_photo
 def decode_photo(path):
     if path.stem == stop:
         print("half", flush=True)
@@ -469,12 +476,12 @@ def decode_photo(path):
     time.sleep(0.05)
     decoded.append(path)
     return real(path)
-dataset.decode_photo = decode_photo
+photos.decode_photo = decode_photo
 print("ready", flush=True)
-while not dataset.Path("go").exists():
+while not photos.Path("go").exists():
     time.sleep(0.01)
-images = dataset.cache_images("train", ["Train_%d" % i for i in range(6)], folder, (16, 24), folder + "/cache")
-print(len(decoded), dataset.sha256(images.array.tobytes()).hexdigest(), flush=True)
+images = photos.cache_images("train", ["Train_%d" % i for i in range(6)], folder, (16, 24), folder + "/cache", fit_photo)
+print(len(decoded), photos.sha256(images.array.tobytes()).hexdigest(), flush=True)
 """
 
 
@@ -491,7 +498,7 @@ def test_two_processes_build_the_cache_once_and_both_use_it(photos):
     assert [script.wait() for script in scripts] == [0, 0]
     answers = [script.stdout.splitlines()[-1].split() for script in scripts]
     assert sorted(int(count) for count, _ in answers) == [0, N_PHOTOS]
-    assert answers[0][1] == answers[1][1] == dataset.sha256(build(photos).array.tobytes()).hexdigest()
+    assert answers[0][1] == answers[1][1] == sha256(build(photos).array.tobytes()).hexdigest()
     assert_right(build(photos), photos)
 
 
@@ -512,7 +519,7 @@ def test_an_interrupted_build_leaves_nothing(photos, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(dataset, "decode_photo", interrupt)
+        patched.setattr(photos_room, "decode_photo", interrupt)
         build(photos)
     assert not names(photos / "cache")
     assert_right(build(photos), photos)
@@ -638,7 +645,7 @@ def test_when_the_disk_is_full_the_older_file_is_still_there(small_disk, write):
 def test_an_error_after_the_last_byte_is_an_error_too(tmp_path, monkeypatch, moment, error):
     (tmp_path / "older").write_text("older")
     with monkeypatch.context() as patched:
-        patched.setattr(utils.os, moment, fail(error))
+        patched.setattr(files.os, moment, fail(error))
         assert refusal(write_table, tmp_path / "older").endswith(f"older: {os.strerror(error)}")
     assert names(tmp_path) == ["older"] and (tmp_path / "older").read_text() == "older"
 
@@ -653,7 +660,7 @@ def test_a_cache_that_has_no_room_is_refused_before_a_photo_is_decoded(photos, s
     build(photos, (8, 8), cache=small_disk)
     before = names(small_disk)
     with monkeypatch.context() as patched:
-        patched.setattr(dataset, "decode_photo", fail(errno.EIO))
+        patched.setattr(photos_room, "decode_photo", fail(errno.EIO))
         said = refusal(build, photos, (200, 300), N_PHOTOS, small_disk)
     assert re.search(r"cannot write .*npy: it needs 0.00\d* GB, 0.00\d* GB are free; name .* with --cache_dir$", said)
     assert names(small_disk) == before
@@ -665,7 +672,7 @@ def test_a_cache_that_finds_no_room_after_all_leaves_nothing(photos, how, reques
     build(photos, (8, 8), cache=cache)
     before = names(cache)
     with monkeypatch.context() as patched:
-        patched.setattr(dataset.shutil, "disk_usage", lambda folder: Namespace(free=10**12))
+        patched.setattr(photos_room.shutil, "disk_usage", lambda folder: Namespace(free=10**12))
         with file_size_limit(300_000):
             said = refusal(build, photos, (200, 300), N_PHOTOS, cache)
     assert re.search(r"cannot write .*npy: (No space left on device|File too large)$", said)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from models import LeafModule, LeafNet, fold_batch_norm
+from harness.prediction import fold_batch_norm
+from models import LeafModule, LeafNet
 from utils import split_folds
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -53,9 +54,9 @@ def test_logits_loss_and_gradient_norm_are_the_originals(network, images):
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     network.eval()
     with torch.no_grad():
-        torch.testing.assert_close(network(images), torch.tensor(MODEL["eval_logits"]), atol=5e-6, rtol=0)
+        torch.testing.assert_close(network.logits(images), torch.tensor(MODEL["eval_logits"]), atol=5e-6, rtol=0)
     network.train()
-    logits = network(images)
+    logits = network.logits(images)
     torch.testing.assert_close(logits, torch.tensor(MODEL["train_logits"]), atol=2e-5, rtol=0)
     loss = F.cross_entropy(logits, torch.tensor(MODEL["labels"]))
     loss.backward()
@@ -87,12 +88,12 @@ def test_folding_batch_norm_leaves_the_logits(network, images):
     fold_batch_norm(folded.eval().backbone)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
     with torch.no_grad():
-        torch.testing.assert_close(folded(images), torch.tensor(MODEL["eval_logits"]), atol=5e-6, rtol=0)
+        torch.testing.assert_close(folded.logits(images), torch.tensor(MODEL["eval_logits"]), atol=5e-6, rtol=0)
 
 
 def test_the_head_stays_in_float32_under_autocast(network, images):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert network.eval()(images[:1, :, :32, :32]).dtype == torch.float32
+        assert network.eval().logits(images[:1, :, :32, :32]).dtype == torch.float32
 
 
 def learning_rates(lr_schedule, max_epochs):
@@ -105,7 +106,7 @@ def learning_rates(lr_schedule, max_epochs):
             self.layer = torch.nn.Linear(3, 4)
 
         def forward(self, images):
-            return self.layer(images.mean((2, 3)))
+            return self.layer(images.float().mean((1, 2)))
 
     class Watched(LeafModule):
         def training_step(self, batch, batch_idx):

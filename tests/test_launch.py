@@ -83,6 +83,7 @@ def test_a_source_file_edited_while_folds_are_trained_in_parallel_is_noticed(sam
     sources.mkdir()
     for path in REPO.glob("*.py"):
         shutil.copy(path, sources)
+    shutil.copytree(REPO / "harness", sources / "harness")
     options = ["--folds", 0, 1, "--cpu_processes", 1, "--parallel_folds"]
     script = start_script(str(sources / "train.py"), "--data_dir", sample, *QUICK, *options, cwd=tmp_path, **ONE_THREAD)
     wait_until((tmp_path / "logs" / "metrics" / "fold=0.csv").exists, script)

@@ -12,7 +12,8 @@ from conftest import REPO, SMALL, run_script
 from filelock import FileLock
 
 from dataset import LeafDataset, load_photo, train_augmentation
-from models import load_network, normalise
+from harness.prediction import load_network
+from models import LeafNet
 from tools import demo
 from utils import CLASSES, column_aucs, mean_auc, split_folds
 
@@ -91,8 +92,8 @@ def test_soft_labels_come_from_the_network_that_has_not_seen_the_photo(done, sam
         checkpoint = results.set_index("fold").loc[folds[row], "checkpoint"]
         photo = load_photo(sample / "images" / f"{soft['image_id'][row]}.jpg", (32, 64))
         with torch.no_grad():
-            network = load_network(folder / "logs" / checkpoint, "se_resnext50_32x4d")
-            expected = network(normalise(torch.from_numpy(photo)[None])).softmax(1)[0].numpy()
+            network = load_network(folder / "logs" / checkpoint, LeafNet())
+            expected = network(torch.from_numpy(photo)[None]).softmax(1)[0].numpy()
         np.testing.assert_allclose(soft.loc[row, list(CLASSES)].to_numpy(float), expected, atol=2e-5)
         assert checkpoint in printed[1]  # it says which it used
 
@@ -120,8 +121,8 @@ def test_a_submission_is_the_mean_of_five_networks_times_eight_augmented_views(d
         views = torch.stack([data[fold, draw, 0]["image"] for draw in range(8)])
         assert len({view.numpy().tobytes() for view in views}) == 8
         with torch.no_grad():
-            network = load_network(folder / "logs" / checkpoint, "se_resnext50_32x4d")
-            total.append(network(normalise(views)).softmax(1).mean(0).numpy())
+            network = load_network(folder / "logs" / checkpoint, LeafNet())
+            total.append(network(views).softmax(1).mean(0).numpy())
     assert len(test_ids) == 12
     np.testing.assert_allclose(read(folder / "submission.csv")[3], np.mean(total, axis=0), atol=2e-5)
 
@@ -231,8 +232,8 @@ def test_two_processes_train_as_gpus_0_1_would(done, sample, tmp_path):
         rows = np.flatnonzero(folds == row["fold"])
         photos = np.stack([load_photo(sample / "images" / f"{ids[i]}.jpg", (32, 64)) for i in rows])
         with torch.no_grad():
-            network = load_network(tmp_path / "logs" / row["checkpoint"], "se_resnext50_32x4d")
-            softmax = network(normalise(torch.from_numpy(photos))).softmax(1).numpy()
+            network = load_network(tmp_path / "logs" / row["checkpoint"], LeafNet())
+            softmax = network(torch.from_numpy(photos)).softmax(1).numpy()
         assert -np.log(softmax[labels[rows] == 1]).mean() == pytest.approx(row["val_loss"], abs=1e-4)
         # batch norm saw 4 photos a process, not 8: were it one process, the result would be the same
         assert abs(row["val_loss"] - alone["val_loss"][row["fold"]]) > 1e-6

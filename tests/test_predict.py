@@ -10,10 +10,13 @@ from conftest import run_script
 from PIL import Image
 
 import generate_soft_labels
-from dataset import read_test, read_train_csv
-from models import load_networks, predict_out_of_fold, predict_test
+from dataset import read_test
+from harness.log_dir import read_folds
+from harness.prediction import prepare_prediction
+from harness.tables import read_train_csv
+from inference import load_networks, predict_out_of_fold, predict_test
 from predict import find_photos
-from utils import CLASSES, build_parser, parse_args, prepare_prediction, read_folds
+from utils import CLASSES, N_FOLDS, make_parser, parse_args
 
 
 def predict_photos(*photos, trained, cwd, check=True):
@@ -27,13 +30,13 @@ def predict_photos(*photos, trained, cwd, check=True):
 def run_of_fold_0(trained, tmp_path):
     """The arguments and networks that steps 2 and 4 would have of the trained fold."""
     options = ["--log_dir", str(trained / "logs"), "--cache_dir", str(tmp_path / "cache"), "--folds", "0"]
-    args = parse_args(build_parser(generate_soft_labels.__doc__), [*options, "--num_workers", "0"])
-    return args, load_networks(args, prepare_prediction(args))
+    args = parse_args(make_parser(generate_soft_labels.__doc__), [*options, "--num_workers", "0"])
+    return args, load_networks(args, prepare_prediction(args, N_FOLDS))
 
 
 def test_a_training_photo_gets_its_out_of_fold_prediction(run_of_fold_0, trained, tmp_path):
     args, networks = run_of_fold_0
-    train = read_train_csv(args.data_dir)
+    train = read_train_csv(args.data_dir, CLASSES)
     expected = predict_out_of_fold(args, train, read_folds(args.log_dir, train["image_id"]), networks)
     expected = expected.set_index("image_id")
     assert len(expected) == 32

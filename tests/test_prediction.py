@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-import models
 from dataset import LeafDataset
-from models import LeafNet, fold_batch_norm, predict
+from harness import prediction
+from harness.prediction import fold_batch_norm, predict
+from models import LeafNet
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def job(tmp_path_factory):
         with torch.no_grad():
             networks[fold].fc.weight.mul_(40)
             for _ in range(3):  # running statistics of real activations
-                networks[fold].train()(torch.randn(8, 3, 32, 64))
+                networks[fold].train().logits(torch.randn(8, 3, 32, 64))
         fold_batch_norm(networks[fold].eval().backbone)
         networks[fold].to(memory_format=torch.channels_last)
     photos = np.random.default_rng(0).integers(0, 256, (11, 32, 64, 3), dtype=np.uint8)
@@ -36,10 +37,10 @@ def test_long_predictions_are_compiled_and_stay_the_same(job, monkeypatch, capsy
     expected = predict(*job, "short")
     assert "torch.compile" not in capsys.readouterr().out
     assert np.abs(expected[:11] - expected[11:]).max() > 0.05  # another network's weights would be noticed
-    seen, compiling = [], models.compile_network
-    monkeypatch.setattr(models, "COMPILE_FROM", 22 * 32 * 64)
+    seen, compiling = [], prediction.compile_network
+    monkeypatch.setattr(prediction, "COMPILE_FROM", 22 * 32 * 64)
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setattr(models, "compile_network", lambda *given: seen.append(compiling(*given)) or seen[-1])
+    monkeypatch.setattr(prediction, "compile_network", lambda *given: seen.append(compiling(*given)) or seen[-1])
     np.testing.assert_allclose(predict(*job, "long"), expected, atol=1e-5)
     assert "22 images to predict: by torch.compile" in capsys.readouterr().out
     assert any((job[-1].cache_dir / "torch.compile").iterdir())
@@ -49,7 +50,7 @@ def test_long_predictions_are_compiled_and_stay_the_same(job, monkeypatch, capsy
 def test_without_a_compiler_it_is_said_and_the_prediction_goes_on(job, monkeypatch, capsys):
     expected = predict(*job, "short")
     torch._dynamo.reset()
-    monkeypatch.setattr(models, "COMPILE_FROM", 0)
+    monkeypatch.setattr(prediction, "COMPILE_FROM", 0)
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/there/is/none",))
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     np.testing.assert_array_equal(predict(*job, "long"), expected)

@@ -15,12 +15,14 @@ from conftest import QUICK, REPO, SMALL, run_script, start_script, wait_until
 # Runs a script that keeps what it has at every opportunity, and kills itself (SIGKILL) when a moment is reached.
 KILLER = """
 import importlib, os, signal, sys
-import models, train
+import train
+from harness import callbacks, prediction
 from models import LeafModule
-from utils import build_parser, parse_args
+from models import LeafNet
+from utils import make_parser, make_training_parser, parse_args
 
 script, moment, *sys.argv[1:] = sys.argv[1:]
-train.RESUME_EVERY = models.KEEP_EVERY = 0
+callbacks.RESUME_EVERY = prediction.KEEP_EVERY = 0
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 kind, _, rest = moment.partition(":")
 if kind == "epoch":  # in the second batch of this epoch
@@ -31,8 +33,8 @@ if kind == "epoch":  # in the second batch of this epoch
         return step(self, batch, batch_idx)
     LeafModule.training_step = training_step
 elif kind == "batch":  # before this batch of a prediction
-    seen, normalise = iter(range(1000)), models.normalise
-    models.normalise = lambda images: die() if next(seen) == int(rest) else normalise(images)
+    seen, normalise = iter(range(1000)), LeafNet.normalise
+    LeafNet.normalise = lambda self, images: die() if next(seen) == int(rest) else normalise(self, images)
 elif kind in ("half", "before", "after"):  # while, before or after a file with this in its name is put in its place
     replace = os.replace
     def replace_or_die(source, target):
@@ -45,7 +47,7 @@ elif kind in ("half", "before", "after"):  # while, before or after a file with 
         die()
     os.replace = replace_or_die
 module = importlib.import_module(script)
-module.main(parse_args(train.parser() if script == "train" else build_parser("")))
+module.main(parse_args((make_training_parser if script == "train" else make_parser)("")))
 """
 # More epochs than the six whose checkpoints are kept: once with the real network, else with one that is quicker.
 REAL = ["--max_epochs", 8, "--folds", 0]
@@ -239,6 +241,7 @@ def test_an_edited_source_file_is_noticed(trained, sample, tmp_path):
     sources.mkdir()
     for path in REPO.glob("*.py"):
         shutil.copy(path, sources)
+    shutil.copytree(REPO / "harness", sources / "harness")
     shutil.copytree(trained, tmp_path / "run")
     train = [str(sources / "train.py"), "--data_dir", sample, *QUICK, "--folds", 0]
     assert "fold 0 is finished already" in run_script(*train, cwd=tmp_path / "run").stdout

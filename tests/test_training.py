@@ -8,7 +8,9 @@ import torch
 import models
 import train
 from dataset import LeafDataset
-from utils import InputError, parse_args, split_folds
+from harness.console import InputError
+from harness.run import Run
+from utils import make_training_parser, parse_args, split_folds
 
 AUCS = [0.50, 0.80, 0.70, 0.95, 0.60, 0.90, 0.85, 0.75]  # scripted: the best of these eight epochs is the fourth
 
@@ -48,12 +50,12 @@ def watched(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.optim.Adam, "step", watch_step)
         monkeypatch.setattr(models.LeafModule, "training_step", watch_batch)
         arguments = f"--log_dir {tmp_path} --max_epochs 8 --train_batch_size 8 --num_workers 0 --precision 32".split()
-        args = parse_args(train.parser(), [*arguments, *options])
+        args = parse_args(make_training_parser(train.__doc__), [*arguments, *options])
         photos = np.random.default_rng(0).integers(0, 256, (20, 32, 64, 3), dtype=np.uint8)
         labels = np.eye(4, dtype=np.float32)[np.arange(20) % 4]
         ids = pd.Series([f"Train_{i}" for i in range(20)])
         data = train.TrainingData(ids, split_folds(20, args.seed), labels, labels, photos)
-        train.train_fold(args, 1, data, None, "cpu", [0])
+        train.train_fold(args, 1, data, None, Run(args, 5))
         return data, seen
 
     return run
@@ -99,7 +101,7 @@ def test_gradients_are_clipped_at_the_norm_asked_for(watched):
 
 def test_a_loss_that_is_not_finite_stops_the_fold_with_the_photos_of_its_batch(monkeypatch, tmp_path):
     args = parse_args(
-        train.parser(),
+        make_training_parser(train.__doc__),
         f"--log_dir {tmp_path} --folds 1 --max_epochs 3 --train_batch_size 8 --num_workers 0 --precision 32".split(),
     )
     photos = np.random.default_rng(0).integers(0, 256, (20, 32, 64, 3), dtype=np.uint8)
@@ -116,7 +118,8 @@ def test_a_loss_that_is_not_finite_stops_the_fold_with_the_photos_of_its_batch(m
 
     monkeypatch.setattr(models.LeafModule, "training_step", poisoned)
     with pytest.raises(InputError, match="fold 1 stopped: the loss is (nan|inf) for the batch of Train_") as error:
-        train.train_folds(args, data, None, "cpu", [0])
+        run = Run(args, 5)
+        run.train_folds(lambda fold: train.train_fold(args, fold, data, None, run), data.image_ids)
     named = str(error.value).split("batch of ")[1].split(". ")[0].split(", ")
     assert named == [f"Train_{row}" for row in batches[0]] and len(named) == 8
     kept = [path.name.split("-val")[0] for path in tmp_path.glob("*.ckpt")]

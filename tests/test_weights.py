@@ -10,9 +10,10 @@ import pretrainedmodels
 import pytest
 import torch
 
-import models
-from models import LeafNet, find_weights, load_backbone_weights
-from utils import InputError
+from harness import weights
+from harness.console import InputError
+from harness.weights import find_weights, load_backbone_weights
+from models import LeafNet
 
 BACKBONE = "se_resnext50_32x4d"
 CONTENT = b"stands for a hundred megabytes of weights" * 1000
@@ -49,7 +50,7 @@ def host(monkeypatch, tmp_path):
 
     def serve(*folders, port=server.server_port):
         urls = [f"http://127.0.0.1:{port}/{folder}/net{i}-{DIGEST}.pth" for i, folder in enumerate(folders)]
-        monkeypatch.setattr(models, "weight_sources", lambda backbone: urls)
+        monkeypatch.setattr(weights, "weight_sources", lambda backbone: urls)
 
     yield serve
     server.shutdown()
@@ -61,7 +62,7 @@ def cached(tmp_path):
 
 
 def test_the_first_source_is_the_old_home_and_the_second_the_mirror():
-    urls = models.weight_sources(BACKBONE)
+    urls = weights.weight_sources(BACKBONE)
     assert "data.lip6.fr" in urls[0]
     assert urls[1].endswith("/v0.1-weights/legacy_se_resnext50_32x4d-f3651bad.pth")
 
@@ -78,13 +79,13 @@ def test_the_first_host_down_the_second_answers(host, tmp_path):
 @pytest.mark.parametrize("fault", ["refuses", "hangs"])
 def test_a_first_host_that_refuses_or_hangs_does_not_keep_the_second_from_answering(host, monkeypatch, fault):
     host("good", "good")
-    urls = models.weight_sources(BACKBONE)
+    urls = weights.weight_sources(BACKBONE)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         if fault == "hangs":
             silent.listen()  # takes the connection and never answers
         urls[0] = f"http://127.0.0.1:{silent.getsockname()[1]}/net0-{DIGEST}.pth"
-        monkeypatch.setattr(models, "DOWNLOAD_TIMEOUT", 0.5)
+        monkeypatch.setattr(weights, "DOWNLOAD_TIMEOUT", 0.5)
         assert find_weights("imagenet", BACKBONE).name == f"net1-{DIGEST}.pth"
     assert socket.getdefaulttimeout() is None
 
@@ -140,7 +141,7 @@ def test_a_file_given_by_hand_fills_the_backbone_and_leaves_the_head(tmp_path):
     torch.save(original.state_dict(), tmp_path / "given.pth")
     network = LeafNet()
     head = network.fc.weight.clone()
-    load_backbone_weights(network, find_weights(str(tmp_path / "given.pth"), BACKBONE))
+    load_backbone_weights(network.backbone, find_weights(str(tmp_path / "given.pth"), BACKBONE))
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(network.eval().backbone.features(images), original.eval().features(images))
@@ -153,15 +154,15 @@ def test_a_file_given_by_hand_fills_the_backbone_and_leaves_the_head(tmp_path):
         state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
         state = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): value for name, value in state.items()}
         torch.save(state, tmp_path / "other.pth")
-        load_backbone_weights(LeafNet(backbone), tmp_path / "other.pth")
+        load_backbone_weights(LeafNet(backbone).backbone, tmp_path / "other.pth")
 
     incomplete = dict(list(original.state_dict().items())[5:])
     torch.save(incomplete, tmp_path / "incomplete.pth")
     with pytest.raises(InputError, match="does not hold this backbone"):
-        load_backbone_weights(LeafNet(), tmp_path / "incomplete.pth")
+        load_backbone_weights(LeafNet().backbone, tmp_path / "incomplete.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(InputError, match="does not hold this backbone"):
-        load_backbone_weights(LeafNet(), tmp_path / "list.pth")
+        load_backbone_weights(LeafNet().backbone, tmp_path / "list.pth")
     (tmp_path / "noise.pth").write_bytes(CONTENT)
     with pytest.raises(InputError, match="cannot be loaded as weights"):
-        load_backbone_weights(LeafNet(), tmp_path / "noise.pth")
+        load_backbone_weights(LeafNet().backbone, tmp_path / "noise.pth")

@@ -16,22 +16,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from dataset import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    EpochSampler,
-    LeafDataset,
-    cache_images,
-    load_photo,
-    make_loader,
-    normalise,
-    train_augmentation,
-)
-from models import COMPILE_FROM, LeafModule, LeafNet, autocast, compile_network, fold_batch_norm
+from dataset import EpochSampler, LeafDataset, fit_photo, load_photo, make_loader, train_augmentation
+from harness.devices import autocast, choose_device, choose_precision
+from harness.photos import cache_images
+from harness.prediction import COMPILE_FROM, compile_network, fold_batch_norm
+from inference import TTA_DRAWS
+from models import IMAGENET_MEAN, IMAGENET_STD, LeafModule, LeafNet
 from tools.generate_sample_data import render_leaf
-from utils import CLASSES, N_FOLDS, TTA_DRAWS, HelpFormatter, choose_device, choose_precision, positive
+from utils import CLASSES, N_FOLDS, HelpFormatter, positive
 
 SIZE = (480, 768)
 TRAIN, TEST, EPOCHS = 1821, 1821, 70  # the competition's photos, the original's epochs
@@ -64,7 +57,7 @@ def bench_samples(folder, repeats):
         photo, _ = render_leaf(CLASSES[i % len(CLASSES)], 1365, 2048, np.random.default_rng(i))
         cv2.imwrite(str(folder / "images" / f"{image_id}.jpg"), cv2.cvtColor(photo, cv2.COLOR_RGB2BGR))
     paths = [folder / "images" / f"{image_id}.jpg" for image_id in ids]
-    images = cache_images("train", ids, folder, SIZE, folder / "cache")
+    images = cache_images("train", ids, folder, SIZE, folder / "cache", fit_photo)
     augmentation = train_augmentation()
     dataset = LeafDataset(images, ids, augmentation=augmentation, seed=1)
     draw = iter(range(10**9))
@@ -107,18 +100,17 @@ def bench_loader(dataset, n, workers, batch_size=32):
 
 def make_step(network, size, batch, device, precision, plain):
     """A function that takes one training step as train.py does, or as plain float32 code would."""
-    module = LeafModule(network.train())
-    network = network.to(device, memory_format=torch.contiguous_format if plain else torch.channels_last)
-    module.to(device)
+    module = LeafModule(network.train()).to(device)
+    network = network.to(memory_format=torch.contiguous_format if plain else torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), 1e-3) if plain else module.configure_optimizers()["optimizer"]
     images = torch.randint(0, 256, (batch, *size, 3), dtype=torch.uint8, device=device)
     labels = torch.full((batch, 4), 0.25, device=device)
     scaler = torch.amp.GradScaler(enabled=precision == "16" and not plain)
 
     def step():
-        inputs = normalise(images)
+        inputs = network.normalise(images)
         with autocast(device.type, "32" if plain else precision):
-            loss = F.cross_entropy(network(inputs.contiguous() if plain else inputs), labels)
+            loss = module.loss(network.logits(inputs.contiguous() if plain else inputs), labels)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -130,7 +122,7 @@ def make_step(network, size, batch, device, precision, plain):
 
 
 def make_inference(network, size, batch, device, precision, plain, compiled=False):
-    """A function that predicts one batch as models.predict does, or as plain float32 code would."""
+    """A function that predicts one batch as harness.prediction does, or as plain float32 code would."""
     network = network.eval()
     if not plain:
         fold_batch_norm(network.backbone)
@@ -138,14 +130,15 @@ def make_inference(network, size, batch, device, precision, plain, compiled=Fals
     images = torch.randint(0, 256, (batch, *size, 3), dtype=torch.uint8, device=device)
 
     def infer():
-        inputs = normalise(images)
         with torch.inference_mode(), autocast(device.type, "32" if plain else precision):
-            network(inputs.contiguous() if plain else inputs).softmax(1).cpu()
+            logits = predicts.logits(predicts.normalise(images).contiguous()) if plain else predicts(images)
+            logits.softmax(1).cpu()
 
+    predicts = network
     if compiled:
         started = time.perf_counter()
         with torch.inference_mode(), autocast(device.type, precision):
-            network = compile_network(network, normalise(images))
+            predicts = compile_network(network, images)
         print(f"  compiled in {time.perf_counter() - started:.0f} s, as jobs of {COMPILE_FROM / 1e6:.0f} Mpixel are")
     return infer
 

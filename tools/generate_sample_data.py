@@ -24,7 +24,9 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from utils import CLASSES, HelpFormatter, InputError, not_negative, positive, write_csv
+from harness.console import InputError
+from harness.files import write_csv
+from utils import CLASSES, HelpFormatter, not_negative, positive
 
 RENDERER_VERSION = 3  # raise it with every change of the drawing
 COMPETITION_COUNTS = {"healthy": 516, "multiple_diseases": 91, "rust": 622, "scab": 592}

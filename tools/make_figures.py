@@ -14,11 +14,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from dataset import decode_photo, fit_photo, load_photo, normalise, read_test_ids, read_train_csv
-from figures import augmentation_pictures, tta_views
-from models import load_network, make_schedule
+from analysis.figures import augmentation_pictures, tta_views
+from dataset import fit_photo, load_photo
+from harness.log_dir import read_hparams, read_results
+from harness.photos import decode_photo
+from harness.prediction import load_network
+from harness.tables import read_test_ids, read_train_csv
+from models import SCHEDULES, LeafNet
 from tools.demo import FOLDER, REPO
-from utils import CLASSES, HelpFormatter, read_hparams, read_results
+from utils import CLASSES, HelpFormatter
 
 DOCS = REPO / "docs"
 SIZE = (256, 384)  # the sample's own, so that nothing is blurred by resizing
@@ -29,7 +33,7 @@ def draw_schedule(path, epochs=70):
     figure, axes = plt.subplots(figsize=(9, 3), layout="constrained")
     for name, style in (("cosine", "-"), ("triangular", "--")):
         optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1e-3)
-        schedule, rates = make_schedule(optimizer, name), []
+        schedule, rates = SCHEDULES[name](optimizer), []
         for _ in range(epochs):
             rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
@@ -61,15 +65,15 @@ def tta_pictures():
     """The eight views of a test photo, with what the network of fold 0 makes of each and of their mean."""
     log_dir = FOLDER / "logs"
     options = read_hparams(log_dir)["options"]
-    image_id = read_test_ids(FOLDER / "sample")[4]
+    image_id = read_test_ids(FOLDER / "sample", CLASSES)[4]
     path = FOLDER / "sample" / "images" / f"{image_id}.jpg"
     photo = decode_photo(path)
     seen, keys = tta_views(photo, image_id, 0, options["seed"], options["image_size"])
     shown, _ = tta_views(photo, image_id, 0, options["seed"], SIZE)
-    network = load_network(log_dir / read_results(log_dir, [0])["checkpoint"][0], options["backbone"])
+    network = load_network(log_dir / read_results(log_dir, [0])["checkpoint"][0], LeafNet(options["backbone"]))
     with torch.no_grad():
         views = torch.stack([seen[key]["image"] for key in keys])
-        probabilities = network(normalise(views)).softmax(1).numpy()
+        probabilities = network(views).softmax(1).numpy()
 
     def caption(values):
         return ", ".join(f"{name.split('_')[0]} {value:.2f}" for name, value in zip(CLASSES, values, strict=True))
@@ -84,7 +88,7 @@ def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args()
     DOCS.mkdir(exist_ok=True)
     draw_schedule(DOCS / "schedule.png")
-    train = read_train_csv(FOLDER / "sample")
+    train = read_train_csv(FOLDER / "sample", CLASSES)
     image_id = train.loc[train["rust"] == 1, "image_id"].iloc[0]
     photo = load_photo(FOLDER / "sample" / "images" / f"{image_id}.jpg", SIZE)
     draw_grid(DOCS / "augmentations.png", augmentation_pictures(photo), columns=4)

@@ -8,11 +8,20 @@ import torch
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-from dataset import normalise
-
 SHOWN = 360  # longest side of a photo that is shown, in pixels
 HEAT = (230, 0, 160)  # magenta, which neither leaves nor spots have
 STRENGTH = 0.6  # its opacity at the hottest place; cold ones leave the photo as it is
+
+
+class OfNormalised(torch.nn.Module):
+    """A network as a function of normalised images, float (n, 3, height, width), which is what Grad-CAM reads sizes off."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, normalised):
+        return self.network.logits(normalised)
 
 
 class CentredGradCAM(GradCAM):
@@ -23,7 +32,7 @@ class CentredGradCAM(GradCAM):
     """
 
     def get_cam_image(self, input_tensor, target_layer, targets, activations, grads, eigen_smooth=False):
-        centred = activations - self.model.bn.running_mean.cpu().numpy()[:, None, None]
+        centred = activations - self.model.network.bn.running_mean.cpu().numpy()[:, None, None]
         return super().get_cam_image(input_tensor, target_layer, targets, centred, grads, eigen_smooth)
 
 
@@ -36,9 +45,9 @@ def heat_maps(network, images, classes):
     network.requires_grad_(False)
     # the graph starts at the maps, so that nothing is computed backwards through the backbone
     start = network.maps.register_forward_pre_hook(lambda module, inputs: inputs[0].detach().requires_grad_())
-    cam = CentredGradCAM(network, [network.maps])
+    cam = CentredGradCAM(OfNormalised(network), [network.maps])
     try:
-        batch = normalise(torch.from_numpy(np.ascontiguousarray(images)).to(cam.device))
+        batch = network.normalise(torch.from_numpy(np.ascontiguousarray(images)).to(cam.device))
         return cam(batch, [ClassifierOutputTarget(int(k)) for k in classes]).astype(np.float32)
     finally:
         cam.activations_and_grads.release()

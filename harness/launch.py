@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from utils import InputError, Stopped, go_on
+from harness.console import InputError, Stopped, how_to_go_on
 
 LAUNCHED = "PLANT_PATHOLOGY_LAUNCHED"  # the process id of the train.py that has started this one
 IS_LAUNCHED = LAUNCHED in os.environ
@@ -86,7 +86,9 @@ def launch_processes(n):
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # otherwise the process has said why
             name = signal.Signals(-failure.exitcode).name
-            raise InputError(f"process {rank} of {n} was killed ({name}), the others are ended; {go_on()}") from error
+            raise InputError(
+                f"process {rank} of {n} was killed ({name}), the others are ended; {how_to_go_on()}"
+            ) from error
         raise SystemExit(1) from error
     except SignalException as error:
         raise Stopped(128 + error.sigval) from error

@@ -13,8 +13,9 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix, roc_curve
 
-from dataset import LeafDataset, augmentation_parts, fit_photo, train_augmentation
-from utils import CLASSES, TTA_DRAWS, column_aucs
+from dataset import LeafDataset, fit_photo, train_augmentation
+from inference import TTA_DRAWS
+from utils import CLASSES, column_aucs
 
 COLOURS = (
     "#009e73",
@@ -119,6 +120,21 @@ def draw_epochs(metrics, column, label, dashed=None, best=None):
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes.legend()
     return as_svg(figure)
+
+
+def augmentation_parts(augmentation):
+    """The single operations of `train_augmentation()`, dict of name to transform."""
+    tone, blur, vertical_flip, horizontal_flip, geometry = augmentation.transforms
+    return {
+        "brightness": tone.transforms[0],
+        "contrast": tone.transforms[1],
+        "motion_blur": blur.transforms[0],
+        "median_blur": blur.transforms[1],
+        "gaussian_blur": blur.transforms[2],
+        "vertical_flip": vertical_flip,
+        "horizontal_flip": horizontal_flip,
+        "shift_scale_rotate": geometry,
+    }
 
 
 def augmentation_pictures(photo):

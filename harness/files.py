@@ -1,0 +1,91 @@
+"""Files that are written whole or not at all, folders, locks, hashes."""
+
+import hashlib
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from harness.console import InputError
+
+
+@contextmanager
+def atomic_write(path, mode="wb"):
+    """Open a temporary file beside `path` that takes its name only when the block succeeded: whole or not at all.
+
+    Raises InputError, naming the file, if it cannot be written; an older version is then still there.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+        with os.fdopen(descriptor, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    except RuntimeError as error:  # what torch.save makes of an OSError of the file that it writes to
+        if not isinstance(error.__context__, OSError):
+            raise
+        raise InputError(f"cannot write {path}: {error.__context__.strerror}") from error
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def remove_leftovers(folder, names):
+    """Delete what killed processes left of files that atomic_write was writing; names: pattern of the files' names.
+
+    Only for files whose writers hold a lock that is held now.
+    """
+    for leftover in Path(folder).glob(f".{names}.????????"):  # as tempfile names them
+        leftover.unlink(missing_ok=True)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_csv(path, frame):
+    """Write a DataFrame as CSV, whole or not at all, without its index."""
+    with atomic_write(path, "w") as file:
+        frame.to_csv(file, index=False, lineterminator="\n")
+
+
+def sha256(path):
+    """SHA-256 of a file, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock_file(path, wait=True):
+    """Hold a lock, for a `with` or until it is released or the process ends; None if it is taken and `wait` is False.
+
+    Raises InputError if the lock's file cannot be made.
+    """
+    make_folder(Path(path).parent)
+    try:
+        lock = FileLock(path)
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        return None
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    return lock
+
+
+def make_folder(path):
+    """Make a folder and those above it. Raises InputError if that is not possible."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {path}: {error.strerror}") from error

@@ -1,0 +1,233 @@
+"""The log directory: what a run was started with, and what its folds have left."""
+
+import os
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from harness.console import InputError, say
+from harness.files import atomic_write, lock_file, remove_leftovers, sha256, write_csv
+
+# Options that change no result by themselves: what they name is compared by its content, or not at all.
+FREE_OPTIONS = {"folds", "num_workers", "cache_dir", "val_batch_size", "data_dir", "log_dir", "gpus", "cpu_processes"}
+FREE_OPTIONS |= {"weights", "soft_labels_filename", "num_nodes", "parallel_folds"}
+# What the folds of one log directory must share: without it their predictions cannot be put together.
+COMMON = {"image_size", "backbone", "seed", "train.csv", "the photos"}
+FREE_IN_PREDICTION = FREE_OPTIONS - {"weights", "soft_labels_filename"} | {"precision", "devices"}
+FOLDERS = ("data_dir", "cache_dir")
+
+
+def open_log_dir(args, n_folds, image_ids, folds, fingerprints, devices):
+    """Write hparams.yaml and folds.csv of a new run, or compare with the run that is there already.
+
+    image_ids, folds: the rows of train.csv and their folds; fingerprints: dict of input name to SHA-256; devices: text.
+    args.fresh deletes what the folds of args have left, once nothing speaks against the start; args.accept_changes goes
+    on in spite of other options, inputs or source files, and records them.
+    Returns locks on the folds of args, to be held while they are trained. Raises InputError if another process trains
+    one of them, or if the log directory holds folds of other options, inputs or source files, finished or in work.
+    """
+    log_dir = Path(args.log_dir)
+    options = {name: value for name, value in vars(args).items() if name not in ("typed", "fresh", "accept_changes")}
+    options |= {name: os.path.abspath(options[name]) for name in FOLDERS}  # the later steps may run in another folder
+    options["devices"] = devices
+    path, all_folds = log_dir / "hparams.yaml", " ".join(map(str, range(n_folds)))
+    with lock_file(log_dir / ".hparams.lock"):
+        locks, others_in_work = lock_folds(log_dir, args.folds, n_folds)
+        removed = args.folds if args.fresh else []
+        stays = [fold for fold in range(n_folds) if any(log_dir.glob(f"fold={fold}-*.ckpt")) and fold not in removed]
+        record = {"options": options, "fingerprints": fingerprints}
+        changes = []
+        if stays and not path.exists():
+            raise InputError(
+                f"{path} is missing, so nobody knows how fold {' '.join(map(str, stays))} was trained: "
+                f"use another --log_dir, or train all anew with --fresh --folds {all_folds}"
+            )
+        if path.exists() and (stays or others_in_work):
+            before = read_hparams(log_dir)
+            changes = list_changes(before, options, fingerprints)
+            record["accepted_changes"] = before.get("accepted_changes", []) + list(changes.values())
+        if changes and (not args.accept_changes or COMMON & set(changes)):
+            raise InputError(
+                f"{log_dir} holds folds that were trained differently: {'; '.join(changes.values())}. "
+                f"Use another --log_dir, train all anew with --fresh --folds {all_folds}"
+                + ("" if COMMON & set(changes) else ", or keep what is there with --accept_changes")
+            )
+        for fold in args.folds:
+            remove_leftovers(log_dir, f"fold={fold}-*.ckpt")
+            remove_leftovers(log_dir / "metrics", f"fold={fold}.csv")
+            remove_leftovers(result_path(log_dir, fold).parent, "result.csv")
+        for fold in removed:  # before the new record is there, or a kill in between would pass old results off as new
+            remove_fold(log_dir, fold)
+        if changes or not path.exists() or not (stays or others_in_work):
+            with atomic_write(path, "w") as file:
+                yaml.safe_dump(record, file, sort_keys=False)
+        write_csv(log_dir / "folds.csv", pd.DataFrame({"image_id": image_ids, "fold": folds}))
+        if changes:
+            say(f"note: going on in {log_dir} in spite of: {'; '.join(changes.values())}")
+    return locks
+
+
+def lock_folds(log_dir, folds, n_folds):
+    """Locks on `folds`, and whether other processes train other folds. Raises InputError if one trains one of `folds`.
+
+    To be called while .hparams.lock is held: nobody else can then take the moment's look at a lock for a training.
+    """
+    locks, others_in_work = [], False
+    for fold in range(n_folds):
+        lock = lock_file(log_dir / f".fold={fold}.lock", wait=False)
+        if lock is None and fold in folds:
+            raise InputError(
+                f"another process is training fold {fold} in {log_dir}: wait for it, or use another --log_dir"
+            )
+        if lock is None:
+            others_in_work = True
+        elif fold in folds:
+            locks.append(lock)
+        else:
+            lock.release()
+    return locks, others_in_work
+
+
+def list_changes(before, options, fingerprints):
+    """What differs between the record of a run and a new start: dict of name to text; free options are left out."""
+    changes = {
+        name: f"{name} was {before['options'].get(name)}, is {value}"
+        for name, value in options.items()
+        if name not in FREE_OPTIONS and before["options"].get(name) != value
+    }
+    names = sorted(fingerprints.keys() | before["fingerprints"].keys())
+    return changes | {
+        name: f"{name}: changed" for name in names if before["fingerprints"].get(name) != fingerprints.get(name)
+    }
+
+
+def remove_fold(log_dir, fold):
+    """Delete what a fold has left in a log directory: checkpoints, metrics and result."""
+    metrics = Path(log_dir) / "metrics"
+    for path in [
+        *metrics.glob(f"fold={fold}/*"),
+        metrics / f"fold={fold}.csv",
+        *Path(log_dir).glob(f"fold={fold}-*.ckpt"),
+    ]:
+        path.unlink(missing_ok=True)
+
+
+def read_hparams(log_dir):
+    """The record that train.py wrote: {"options": …, "fingerprints": …}."""
+    path = Path(log_dir) / "hparams.yaml"
+    if not path.exists():
+        raise InputError(f"{path} is missing: train first, or name the log directory with --log_dir")
+    try:
+        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        record = None
+    parts = [record.get(name) for name in ("options", "fingerprints")] if isinstance(record, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
+        raise InputError(f"{path} is damaged: not what train.py writes")
+    return record
+
+
+def result_path(log_dir, fold):
+    """Where a finished fold leaves its result; results.csv is put together from these."""
+    return Path(log_dir) / "metrics" / f"fold={fold}" / "result.csv"
+
+
+def check_sources(log_dir, sources):
+    """Raise InputError if `sources`, dict of name to path, are not those that log_dir's record names: edited meanwhile."""
+    recorded = read_hparams(log_dir)["fingerprints"]
+    changed = [name for name, path in sources.items() if recorded.get(name) != sha256(path)]
+    if changed:
+        raise InputError(f"{', '.join(changed)}: changed since this training was started")
+
+
+def resume_path(log_dir, fold):
+    """Where a fold in work leaves all that it needs to go on after an interruption; gone when it is finished."""
+    return Path(log_dir) / f"fold={fold}-last.ckpt"
+
+
+def finish_fold(log_dir, n_folds, fold, row, checkpoint):
+    """Record the result of a finished fold, then put results.csv together from all.
+
+    row: the log's row of its best epoch, dict; checkpoint: the name of that epoch's checkpoint.
+    """
+    metrics = {name: value for name, value in row.items() if name.startswith("val_")}
+    result = {"fold": fold, "epoch": row["epoch"], **metrics, "checkpoint": checkpoint}
+    write_csv(result_path(log_dir, fold), pd.DataFrame([result]))
+    resume_path(log_dir, fold).unlink(missing_ok=True)
+    collect_results(log_dir, n_folds)
+
+
+def read_own_csv(path, columns=()):
+    """Read a CSV file that train.py wrote. Raises InputError if it is damaged, lacks one of `columns` or is unreadable."""
+    try:
+        frame = pd.read_csv(path, dtype={"image_id": str}, keep_default_na=False)  # NA may be an id
+        missing = [name for name in columns if name not in frame]
+        if missing or frame.empty:
+            raise ValueError(f"it lacks the column {missing[0]}" if missing else "it has no rows")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): train its fold anew with --fresh") from error
+    return frame
+
+
+def is_finished(log_dir, fold):
+    """Whether a fold has a result and the checkpoint that it names."""
+    path = result_path(log_dir, fold)
+    return (
+        path.exists()
+        and (Path(log_dir) / read_own_csv(path, ("fold", "epoch", "checkpoint"))["checkpoint"][0]).exists()
+    )
+
+
+def collect_results(log_dir, n_folds):
+    """The results of all finished folds, DataFrame, a row a fold; also written as results.csv, for people."""
+    with lock_file(Path(log_dir) / ".hparams.lock"):
+        remove_leftovers(log_dir, "results.csv")
+        paths = [result_path(log_dir, fold) for fold in range(n_folds)]
+        results = pd.concat([read_own_csv(path) for path in paths if path.exists()], ignore_index=True)
+        write_csv(Path(log_dir) / "results.csv", results)
+    return results
+
+
+def read_results(log_dir, folds):
+    """The best checkpoint of each fold: DataFrame (fold, epoch, val_loss, val_roc_auc, checkpoint), a row a fold.
+
+    Raises InputError, naming what is missing, unless every one of `folds` is finished and its checkpoint is there.
+    """
+    missing = [fold for fold in folds if not is_finished(log_dir, fold)]
+    if missing:
+        folds = " ".join(map(str, missing))
+        raise InputError(f"{log_dir}: fold {folds} has no result and checkpoint; run train.py --folds {folds} first")
+    return pd.concat([read_own_csv(result_path(log_dir, fold)) for fold in folds], ignore_index=True)
+
+
+def adopt_run_options(args):
+    """Take from the record of log_dir what was not typed: image size, backbone, data, …
+
+    Raises InputError if a typed option contradicts what was trained. Options that change no result are free.
+    """
+    for name, value in read_hparams(args.log_dir)["options"].items():
+        if name in FOLDERS:
+            setattr(args, name, getattr(args, name) if name in args.typed else value)
+        elif name in FREE_IN_PREDICTION:
+            continue
+        elif name in args.typed and getattr(args, name) != value:
+            was = " ".join(map(str, value)) if isinstance(value, list) else value
+            raise InputError(f"{args.log_dir} was trained with --{name} {was}: leave the option out")
+        else:
+            setattr(args, name, value)
+
+
+def read_folds(log_dir, image_ids):
+    """The fold of each of `image_ids` as train.py wrote it, int array (n,). Raises InputError if the ids differ."""
+    path = Path(log_dir) / "folds.csv"
+    if not path.exists():
+        raise InputError(f"{path} is missing: train first, or name the log directory with --log_dir")
+    folds = read_own_csv(path, ("image_id", "fold")).set_index("image_id")["fold"]
+    if set(folds.index) != set(image_ids) or folds.index.has_duplicates:
+        raise InputError(
+            f"{path} is about other photos than train.csv: name the --data_dir that {log_dir} was trained on"
+        )
+    return folds.loc[list(image_ids)].to_numpy()

@@ -1,0 +1,190 @@
+"""Photos: decoding, and a cache of all photos of a data set as the network sees them, decoded once."""
+
+import math
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+
+import cv2
+import numpy as np
+import simplejpeg
+from tqdm import tqdm
+
+from harness.console import InputError, raise_all, say
+from harness.files import atomic_write, lock_file, remove_leftovers
+
+# libjpeg's words, in simplejpeg's errors, for data that is lost or a decoder gone astray
+JPEG_DAMAGE = re.compile(
+    r"premature end|bad Huffman code|Unsupported (marker|JPEG process)|Bogus|Invalid JPEG file structure|Inconsistent"
+    r"|\b\d{3,} extraneous bytes",
+    re.I,
+)
+
+
+class BadPhoto(ValueError):
+    """What is wrong with a photo, without its name."""
+
+
+def decode_photo(path):
+    """Decode one photo, turned as its EXIF orientation says: uint8 (height, width, 3), RGB.
+
+    Its content decides the format, not its name; grey, CMYK, 16-bit and transparent pictures become RGB of 8 bits.
+    Raises BadPhoto if the file is missing, damaged or no picture.
+    """
+    path = Path(path)
+    try:
+        content = np.fromfile(path, np.uint8)  # not imread: on Windows that fails for names beyond ASCII
+    except FileNotFoundError as error:
+        others = [path.with_name(path.stem + suffix) for suffix in (".JPG", ".jpeg", ".JPEG", ".png")]
+        found = [f" (there is {other.name}: rename it)" for other in others if other.exists()]
+        raise BadPhoto("is missing" + "".join(found[:1])) from error
+    except OSError as error:
+        raise BadPhoto(f"cannot be read: {error.strerror}") from error
+    if not len(content):
+        raise BadPhoto("is empty (0 bytes)")
+    check_jpeg(path, content)
+    try:
+        photo = cv2.imdecode(content, cv2.IMREAD_COLOR_RGB)
+    except cv2.error as error:
+        limit = "MAX_IMAGE_PIXELS" in str(error)
+        reason = "it has more than 2^30 pixels" if limit else str(error).splitlines()[0]
+        raise BadPhoto(f"cannot be decoded as a photo: {reason}") from error
+    if photo is None:
+        raise BadPhoto("cannot be decoded as a photo")
+    return photo
+
+
+def read_photo(path):
+    """`decode_photo`, but raises InputError, naming the file."""
+    try:
+        return decode_photo(path)
+    except BadPhoto as problem:
+        raise InputError(f"{path} {problem}") from problem
+
+
+def check_jpeg(path, content):
+    """Raise BadPhoto if `content`, uint8 (n,), is a JPEG that lacks a part, which OpenCV decodes to grey or shifted pixels.
+
+    The grey eighth-size picture needs all of the file's data, but a fifth of the time. Less than 100 bytes too many are
+    worth a note only: some cameras leave a few before a marker, and few damages do.
+    """
+    if content[:2].tobytes() != b"\xff\xd8":
+        return
+    try:
+        simplejpeg.decode_jpeg(content, "GRAY", min_height=1, min_width=1, min_factor=8)
+    except ValueError as warning:  # or simplejpeg does not know this kind of JPEG; then OpenCV decides
+        if JPEG_DAMAGE.search(str(warning)):
+            raise BadPhoto(f"is damaged ({warning})") from warning
+        if "Corrupt JPEG data" in str(warning):
+            say(f"note: {path.name} may be damaged ({warning}): look at it")
+
+
+class CachedImages:
+    """The resized photos of a data set as one memory-mapped uint8 array (n, height, width, 3), RGB.
+
+    All processes share the pages of one file; a copy sent to a spawned worker opens the file again.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.array = np.lib.format.open_memmap(path, mode="r")
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, row):
+        return self.array[row]
+
+    def __reduce__(self):
+        return CachedImages, (self.path,)
+
+
+def cache_images(name, image_ids, data_dir, image_size, cache_dir, fit):
+    """The photos `image_ids` of data_dir, decoded and resized once: CachedImages in the order of `image_ids`.
+
+    fit: the recipe's function of a photo and image_size, uint8 (height, width, 3) of any size to one of image_size.
+    The file is named after `name` ("train" or "test") and a key over the photos' names, sizes and times, so that a
+    changed photo, list or image size is built anew; it replaces the one built before of the same folder and size.
+    Raises InputError with all photos that are missing or cannot be decoded, or when the disk is full.
+    """
+    folder = Path(data_dir).resolve() / "images"
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: the photos should be there")
+    paths = [folder / f"{image_id}.jpg" for image_id in image_ids]
+    key = sha256(cv2.__version__.encode())
+    for path in paths:
+        try:
+            stat = path.stat()
+            key.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        except OSError:  # no cache has this key; decoding the photos will tell what is wrong with them
+            key.update(f"{path.name} cannot be found\n".encode())
+    family = f"{sha256(str(folder).encode()).hexdigest()[:8]}-{name}-{image_size[0]}x{image_size[1]}"
+    cache = Path(cache_dir) / f"{family}-{key.hexdigest()[:16]}.npy"
+    shape = (len(paths), *image_size, 3)
+    images = open_cache(cache, shape)
+    if images is not None:
+        return images
+    with lock_file(cache.parent / f".{family}.lock"):  # a second process waits here, then finds the file
+        images = open_cache(cache, shape)
+        if images is not None:
+            return images
+        if cache.exists():
+            say(f"note: {cache} is damaged; it is built anew")
+        remove_leftovers(cache.parent, f"{family}-*.npy")
+        build_cache(cache, paths, shape, fit, f"decode {name} photos")
+        for stale in set(cache.parent.glob(f"{family}-*.npy")) - {cache}:
+            with suppress(PermissionError):  # Windows: a running process still reads it
+                stale.unlink()
+    return CachedImages(cache)
+
+
+def open_cache(path, shape):
+    """The cache `path` as CachedImages; None if it does not exist, or is not one whole array of uint8 and `shape`."""
+    try:
+        images = CachedImages(path)
+        size = images.array.offset + images.array.nbytes
+        whole = images.array.shape == shape and images.array.dtype == np.uint8 and path.stat().st_size == size
+        return images if whole else None
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # no array, or less of it than its header says
+        return None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def build_cache(path, photos, shape, fit, title):
+    """Decode `photos` (paths) into one array of `shape`, written whole or not at all, with a progress bar.
+
+    Raises InputError with all photos that cannot be decoded, or when the disk is full, at once if that can be foreseen.
+    """
+    needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise InputError(
+            f"cannot write {path}: it needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            "name a folder on another disk with --cache_dir"
+        )
+
+    def attempt(photo):
+        try:
+            return fit(decode_photo(photo), shape[1:3])
+        except BadPhoto as problem:
+            return f"{photo.name} {problem}"
+
+    problems, at_once = [], 16 * os.cpu_count()  # not all: before a slow disk they would pile up in memory
+    with (
+        atomic_write(path) as file,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=len(photos), desc=title, unit="photo") as bar,
+    ):
+        np.lib.format.write_array_header_2_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for start in range(0, len(photos), at_once):
+            for decoded in pool.map(attempt, photos[start : start + at_once]):
+                if isinstance(decoded, str):
+                    problems.append(decoded)
+                elif not problems:
+                    file.write(decoded)
+                bar.update()
+        raise_all(photos[0].parent, problems)

@@ -1,0 +1,203 @@
+"""One start of train.py: its devices and processes, the locks on its folds, the record in its log directory, advice."""
+
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+
+from harness import launch
+from harness.callbacks import EpochLog, LossNotFinite, OwnSignals, ResumePoint, StopIfNotFinite, WholeCheckpoints
+from harness.console import InputError, how_to_go_on, is_first_process, quiet_libraries, say, stop_cleanly
+from harness.devices import choose_device, choose_precision
+from harness.files import sha256
+from harness.log_dir import (
+    check_sources,
+    collect_results,
+    finish_fold,
+    is_finished,
+    open_log_dir,
+    remove_fold,
+    resume_path,
+)
+from harness.sources import training_sources
+from harness.weights import load_checkpoint
+
+TRAINER = {  # what pl.Trainer would do by itself, and what we do in its place or not at all
+    "logger": False,
+    "use_distributed_sampler": False,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+}
+
+
+class Run:
+    """One start of train.py, as one of several processes or alone. Raises InputError for devices that do not fit.
+
+    args: the command line, whose precision is filled in; n_folds: how many there are in all.
+    """
+
+    def __init__(self, args, n_folds):
+        quiet_libraries()
+        self.args, self.n_folds = args, n_folds
+        self.device, self.indices = choose_device(args.gpus, args.cpu_processes)
+        args.precision = choose_precision(args.precision, self.device)
+        self.one_of_several = launch.is_one_of_several_processes()
+        if args.parallel_folds and self.one_of_several or args.num_nodes > 1 and not self.one_of_several:
+            raise InputError(
+                "--num_nodes is for processes that torchrun or srun has started, --parallel_folds for one that was "
+                "started alone; docs/hardware.md has the whole commands"
+            )
+        self.n_devices = 1 if args.parallel_folds else len(self.indices) * args.num_nodes
+        self.is_writer = not launch.IS_LAUNCHED and is_first_process()  # of the record and of results.csv
+
+    def check(self, folds, labels, classes):
+        """Raise InputError if the batch cannot be made, or a fold's AUC is undefined. folds: int (n,); labels: (n, k)."""
+        batch, parts = self.args.train_batch_size, self.n_devices * self.args.accumulate_grad_batches
+        smallest = len(folds) - np.bincount(folds).max()
+        if smallest < batch:
+            raise InputError(f"a fold trains on {smallest} photos only: type --train_batch_size {smallest} or less")
+        if batch % parts or batch == parts:
+            raise InputError(
+                f"--train_batch_size {batch} cannot be split into {parts} equal parts of at least 2 photos "
+                "(devices x --accumulate_grad_batches)"
+            )
+        for fold in self.args.folds:
+            positives = labels[folds == fold].sum(0)
+            if (positives == (folds == fold).sum()).any():
+                raise InputError(f"fold {fold} holds photos of one class only: no AUC to choose a checkpoint by")
+            for name in np.array(classes)[positives == 0]:
+                say(f"note: fold {fold} has no photo of {name}; its AUC is the mean of the other classes")
+
+    @contextmanager
+    def begin(self, data, weights):
+        """Meet the other processes, lock the folds, compare with what the log directory holds, and record this start.
+
+        data: has image_ids, folds and the cached images; weights: the file that the backbone starts from, or None.
+        Raises InputError if another process trains one of the folds, or if the log directory holds other folds.
+        """
+        args, locks, wait_for_all = self.args, [], None
+        # First join: processes that do not fit together end here, before anything is written.
+        if launch.IS_LAUNCHED:
+            launch.end_with_launcher()
+            check_sources(args.log_dir, training_sources())
+        elif self.one_of_several:
+            wait_for_all = launch.join_processes(self.device, self.indices, args.num_nodes)
+        # Then lock, compare and record, in this order: what is compared must not change before it is recorded. One
+        # process does it for all; those that a process has launched are covered by its locks.
+        if self.is_writer:
+            devices = f"{self.n_devices} x {self.device}"
+            inputs = {"train.csv": Path(args.data_dir) / "train.csv", "the photos": data.images.path}
+            inputs |= {"weights": weights, "soft labels": args.soft_labels_filename} | training_sources()
+            fingerprints = {name: sha256(path) for name, path in inputs.items() if path is not None}
+            locks = open_log_dir(args, self.n_folds, data.image_ids, data.folds, fingerprints, devices)
+            say(f"{args.backbone} from {weights or 'scratch'}, {devices}, precision {args.precision}")
+        # The others wait, or they would read the log directory of before.
+        if wait_for_all:
+            wait_for_all()
+        if not (Path(args.log_dir) / "hparams.yaml").exists():
+            raise InputError(
+                f"{args.log_dir} is not shared by all machines: the first one has begun it, here it is not"
+            )
+        try:
+            yield
+        finally:
+            for lock in locks:
+                lock.release()
+
+    def train_folds(self, train_fold, image_ids):
+        """Train the folds of the command line, here by `train_fold(fold)` or in other processes, and collect results."""
+        args = self.args
+        if args.parallel_folds:
+            failed = launch.launch_folds(args.folds, self.device, self.indices)
+            if failed:
+                raise InputError(f"fold {' '.join(map(str, failed))} failed, see above; {how_to_go_on()}")
+        elif len(self.indices) > 1 and not self.one_of_several:
+            launch.launch_processes(len(self.indices))
+        else:
+            for fold in args.folds:
+                self._train_unless_finished(fold, train_fold, image_ids)
+        if self.is_writer:
+            print(collect_results(args.log_dir, self.n_folds).to_string(index=False))
+
+    def _train_unless_finished(self, fold, train_fold, image_ids):
+        args, resume = self.args, resume_path(self.args.log_dir, fold)
+        if is_finished(args.log_dir, fold):
+            say(f"fold {fold} is finished already")
+            if is_first_process():  # a process killed between the result and its own tidying has left it
+                resume.unlink(missing_ok=True)
+            return
+        if is_first_process() and not resume.exists():
+            remove_fold(args.log_dir, fold)
+        try:
+            train_fold(fold)
+        except LossNotFinite as error:
+            raise InputError(
+                f"fold {fold} stopped: {error} for the batch of {', '.join(image_ids[error.rows])}. Look at these "
+                "photos and their labels; or go on with --accept_changes and --precision 32 or a smaller --gradient_clip_val"
+            ) from error
+        except torch.OutOfMemoryError as error:
+            self._advise_smaller_parts("the GPU's memory", error)
+        except RuntimeError as error:  # what torch makes of it on a CPU
+            if "DefaultCPUAllocator" not in str(error):
+                raise
+            self._advise_smaller_parts("the memory", error)
+
+    def _advise_smaller_parts(self, which, error):
+        args, photos = self.args, self.args.train_batch_size // self.n_devices
+        larger = range(args.accumulate_grad_batches + 1, photos // 2 + 1)
+        parts = next((parts for parts in larger if photos % parts == 0), None)
+        advice = f"--accumulate_grad_batches {parts}: the same {args.train_batch_size} photos a step, in {parts} parts"
+        raise InputError(
+            f"{which} is too small ({str(error).splitlines()[0]}). Type "
+            + (advice if parts else "a smaller --image_size: the batch cannot be split further")
+        ) from error
+
+    def trainer_options(self, fold, best):
+        """What pl.Trainer takes beside the recipe's settings. best: the ModelCheckpoint of this fold."""
+        args, log = self.args, EpochLog(self.args.log_dir, fold)
+        callbacks = [OwnSignals(), StopIfNotFinite(), log, best, ResumePoint(args.log_dir, fold, log, best)]
+        bar = sys.stdout.isatty()  # elsewhere a line an epoch is easier to read
+        if bar:
+            callbacks.append(TQDMProgressBar(refresh_rate=10, leave=True))
+        return {
+            **TRAINER,
+            "accelerator": "gpu" if self.device == "cuda" else "cpu",
+            "devices": self.indices if self.device == "cuda" else len(self.indices),
+            "num_nodes": args.num_nodes,
+            "strategy": "ddp" if self.one_of_several else "auto",
+            "precision": {"16": "16-mixed", "32": "32-true", "bf16": "bf16-mixed"}[args.precision],
+            "callbacks": callbacks,
+            "enable_progress_bar": bar,
+            "plugins": [WholeCheckpoints()],
+        }
+
+    def finish_fold(self, fold, trainer):
+        """Record the best epoch of a fold that is trained: its metrics that begin with val_, and its checkpoint."""
+        if trainer.is_global_zero:
+            (log,) = (callback for callback in trainer.callbacks if isinstance(callback, EpochLog))
+            (best,) = (callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint))
+            name = Path(best.best_model_path).name
+            row = log.rows[int(re.search(r"epoch=(\d+)", name).group(1))]
+            finish_fold(self.args.log_dir, self.n_folds, fold, row, name)
+
+    @staticmethod
+    def stopping_cleanly(args):
+        """Within the block Ctrl-C and SIGTERM end the process with a line that says what is kept."""
+        return stop_cleanly(lambda: describe_kept(args))
+
+
+def describe_kept(args):
+    """What an interrupted training has kept, as text: the folds that are finished, and the epoch of the one in work."""
+    if launch.IS_LAUNCHED:
+        return ""  # the process that launched this one will say it
+    finished = [fold for fold in args.folds if is_finished(args.log_dir, fold)]
+    texts = [f"fold {' '.join(map(str, finished))} finished"] if finished else []
+    for fold in args.folds:
+        path = resume_path(args.log_dir, fold)
+        if path.exists():
+            texts.append(f"fold {fold} kept up to epoch {len(load_checkpoint(path)['rows']) - 1}")
+    return f"{', '.join(texts)}; {how_to_go_on()}" if texts else "no epoch was kept yet"
