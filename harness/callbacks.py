@@ -11,7 +11,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch.utils.tensorboard import SummaryWriter
 
 from harness.console import say
-from harness.files import atomic_write, write_csv
+from harness.files import atomic_write, remove, write_csv
 from harness.log_dir import resume_path
 from harness.weights import load_checkpoint
 
@@ -27,7 +27,7 @@ class WholeCheckpoints(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
     def remove_checkpoint(self, path):
-        Path(path).unlink(missing_ok=True)
+        remove(path)
 
 
 class EpochLog(pl.Callback):
@@ -147,7 +147,7 @@ class ResumePoint(pl.Callback):
         self.state = None
         if trainer.is_global_zero:  # checkpoints of epochs after this one, which will be trained again
             for path in set(folder.glob(f"fold={self.fold}-epoch=*.ckpt")) - set(map(Path, best["best_k_models"])):
-                path.unlink()
+                remove(path)
 
     def on_train_epoch_start(self, trainer, module):
         if not trainer.is_global_zero or not self.epoch_log.rows or time.monotonic() < self.written + RESUME_EVERY:

@@ -46,7 +46,15 @@ def remove_leftovers(folder, names):
     Only for files whose writers hold a lock that is held now.
     """
     for leftover in Path(folder).glob(f".{names}.????????"):  # as tempfile names them
-        leftover.unlink(missing_ok=True)
+        remove(leftover)
+
+
+def remove(path):
+    """Delete a file if it is there. Raises InputError, naming it, if that is not possible."""
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot delete {path}: {error.strerror}") from error
 
 
 def _umask():

@@ -7,7 +7,7 @@ import pandas as pd
 import yaml
 
 from harness.console import InputError, say
-from harness.files import atomic_write, lock_file, remove_leftovers, sha256, write_csv
+from harness.files import atomic_write, lock_file, remove, remove_leftovers, sha256, write_csv
 
 # Options that change no result by themselves: what they name is compared by its content, or not at all.
 FREE_OPTIONS = {"folds", "num_workers", "cache_dir", "val_batch_size", "data_dir", "log_dir", "gpus", "cpu_processes"}
@@ -110,7 +110,7 @@ def remove_fold(log_dir, fold):
         metrics / f"fold={fold}.csv",
         *Path(log_dir).glob(f"fold={fold}-*.ckpt"),
     ]:
-        path.unlink(missing_ok=True)
+        remove(path)
 
 
 def read_hparams(log_dir):
@@ -154,7 +154,7 @@ def finish_fold(log_dir, n_folds, fold, row, checkpoint):
     metrics = {name: value for name, value in row.items() if name.startswith("val_")}
     result = {"fold": fold, "epoch": row["epoch"], **metrics, "checkpoint": checkpoint}
     write_csv(result_path(log_dir, fold), pd.DataFrame([result]))
-    resume_path(log_dir, fold).unlink(missing_ok=True)
+    remove(resume_path(log_dir, fold))
     collect_results(log_dir, n_folds)
 
 

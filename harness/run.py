@@ -1,8 +1,9 @@
 """One start of train.py: its devices and processes, the locks on its folds, the record in its log directory, advice."""
 
 import re
+import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from harness import launch
 from harness.callbacks import EpochLog, LossNotFinite, OwnSignals, ResumePoint, StopIfNotFinite, WholeCheckpoints
 from harness.console import InputError, how_to_go_on, is_first_process, quiet_libraries, say, stop_cleanly
 from harness.devices import choose_device, choose_precision
-from harness.files import sha256
+from harness.files import remove, sha256
 from harness.log_dir import (
     check_sources,
     collect_results,
@@ -128,7 +129,7 @@ class Run:
         if is_finished(args.log_dir, fold):
             say(f"fold {fold} is finished already")
             if is_first_process():  # a process killed between the result and its own tidying has left it
-                resume.unlink(missing_ok=True)
+                remove(resume)
             return
         if is_first_process() and not resume.exists():
             remove_fold(args.log_dir, fold)
@@ -187,13 +188,17 @@ class Run:
     @staticmethod
     def stopping_cleanly(args):
         """Within the block Ctrl-C and SIGTERM end the process with a line that says what is kept."""
+        if launch.IS_LAUNCHED:
+            # The process that launched this one will say it. This one often waits for others in C, where no Python
+            # handler runs, so the signals' own handlers stay: it ends at once.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+            return nullcontext()
         return stop_cleanly(lambda: describe_kept(args))
 
 
 def describe_kept(args):
     """What an interrupted training has kept, as text: the folds that are finished, and the epoch of the one in work."""
-    if launch.IS_LAUNCHED:
-        return ""  # the process that launched this one will say it
     finished = [fold for fold in args.folds if is_finished(args.log_dir, fold)]
     texts = [f"fold {' '.join(map(str, finished))} finished"] if finished else []
     for fold in args.folds:

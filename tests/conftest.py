@@ -51,7 +51,7 @@ def fork_server():
 class Script:
     """A running `python ARGUMENTS`, the first process of its own group; what it prints goes to files."""
 
-    def __init__(self, arguments, cwd, environment, cold, file_size):
+    def __init__(self, arguments, cwd, environment, cold, **limits):
         self.folder = tempfile.TemporaryDirectory()
         self.returncode = None
         RUNNING.add(self)
@@ -59,13 +59,13 @@ class Script:
         with open(os.devnull) as nothing, files[0], files[1]:
             streams = [nothing, *files]
             if cold or sys.platform != "linux":  # elsewhere a fork of so large a process is not safe
-                assert file_size is None
+                assert not any(limits.values())
                 streams = dict(zip(("stdin", "stdout", "stderr"), streams, strict=True))
                 command = [sys.executable, *arguments]
                 self.process = subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **streams)
                 self.pid, self.status = self.process.pid, None
             else:
-                request = {"arguments": arguments, "cwd": str(cwd), "environment": environment, "file_size": file_size}
+                request = {"arguments": arguments, "cwd": str(cwd), "environment": environment, **limits}
                 self.status = socket.socket(socket.AF_UNIX)
                 self.status.connect(fork_server())
                 socket.send_fds(self.status, [pickle.dumps(request)], [stream.fileno() for stream in streams])
@@ -125,10 +125,11 @@ def wait_until(condition, script, seconds=120):
         time.sleep(0.02)
 
 
-def start_script(script, *arguments, cwd, cold=False, file_size=None, **environment):
+def start_script(script, *arguments, cwd, cold=False, file_size=None, memory=None, **environment):
     """Start a script of the repository, a module or, after "-c", code, in the folder `cwd`: a Script.
 
-    cold: by a new interpreter, not forked from forkserver.py; file_size: no file may grow beyond so many bytes.
+    cold: by a new interpreter, not forked from forkserver.py; file_size: no file may grow beyond so many bytes; memory:
+    so many bytes more than it has at its start.
     """
     words = [str(argument) for argument in arguments]
     if script != "-c":
@@ -136,7 +137,7 @@ def start_script(script, *arguments, cwd, cold=False, file_size=None, **environm
     else:
         words = ["-c", *words]
     paths = {} if script.endswith(".py") else {"PYTHONPATH": str(REPO)}
-    return Script(words, cwd, {**os.environ, **paths, **environment}, cold, file_size)
+    return Script(words, cwd, {**os.environ, **paths, **environment}, cold, file_size=file_size, memory=memory)
 
 
 def run_script(script, *arguments, check=True, **options):

@@ -18,6 +18,7 @@ import select
 import signal
 import socket
 import sys
+from pathlib import Path
 
 PACKAGES = """
 albumentations cv2 filelock jinja2 matplotlib.pyplot numpy pandas PIL.Image pretrainedmodels pytorch_lightning scipy.ndimage
@@ -70,7 +71,7 @@ def keep(connection, request, descriptors):
     os._exit(0)
 
 
-def become(arguments, cwd, environment, file_size):
+def become(arguments, cwd, environment, file_size, memory):
     """Turn this process into `python ARGUMENTS`: a script, `-m MODULE` or `-c CODE`, and what follows."""
     os.setsid()
     os.chdir(cwd)
@@ -78,6 +79,9 @@ def become(arguments, cwd, environment, file_size):
     os.environ.update(environment)
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    if memory is not None:
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, mapped + memory))
     import torch
 
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))

@@ -1,9 +1,12 @@
 """The command line: help, typos, devices, what an out-of-memory error says."""
 
+import sys
+
 import pytest
 import torch
-from conftest import run_script
+from conftest import QUICK, run_script
 
+import models
 import train
 from harness.console import InputError, say
 from harness.devices import choose_device, choose_precision
@@ -14,14 +17,14 @@ SCRIPTS = ("train.py", "generate_soft_labels.py", "generate_distilled_submission
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_the_command_and_the_defaults(script, tmp_path):
-    done = run_script(script, "--help", cwd=tmp_path)
+    done = run_script(script, "--help", cwd=tmp_path, cold=True)
     assert f"python {script}" in done.stdout and "(default: " in done.stdout and "Writes" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_misspelt_option_stops_at_once(script, tmp_path):
-    done = run_script(script, "--max_epoch", "3", cwd=tmp_path, check=False)
+    done = run_script(script, "--max_epoch", "3", cwd=tmp_path, check=False, cold=True)
     assert done.returncode == 2 and "--max_epoch" in done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -109,16 +112,44 @@ def test_other_backbones_that_fit(backbone):
         assert train.LeafNet(backbone).eval()(torch.zeros(1, 96, 96, 3, dtype=torch.uint8)).shape == (1, 4)
 
 
-def test_an_out_of_memory_error_says_what_to_type(sample, tmp_path, monkeypatch):
-    def no_room(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+def test_an_out_of_memory_error_says_what_to_type_and_that_works(sample, tmp_path, monkeypatch):
+    """A GPU that holds two photos: its error comes from within Lightning's fit, as a real one does."""
+    step = models.LeafModule.training_step
+
+    def small_gpu(self, batch, batch_idx):
+        if len(batch["image"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        return step(self, batch, batch_idx)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "train_fold", no_room)
-    parser = make_training_parser(train.__doc__)
-    options = f"--data_dir {sample} --weights none --image_size 32 64 --train_batch_size 8 --accumulate_grad_batches 2"
+    monkeypatch.setattr(models.LeafModule, "training_step", small_gpu)
+    parser = make_training_parser("")
+    options = ["--data_dir", str(sample), *QUICK, "--folds", "0", "--accumulate_grad_batches"]
     with pytest.raises(InputError, match="Type --accumulate_grad_batches 4: the same 8 photos a step, in 4 parts"):
-        train.main(parse_args(parser, options.split()))
-    options = options.replace("batches 2", "batches 4")  # the advice, taken, is not refused; there is no further split
+        train.main(parse_args(parser, [*options, "2"]))
+    train.main(parse_args(parser, [*options, "4", "--accept_changes"]))
+    assert (tmp_path / "logs" / "results.csv").exists()
+
+    def no_gpu(self, batch, batch_idx):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(models.LeafModule, "training_step", no_gpu)
     with pytest.raises(InputError, match="a smaller --image_size"):
-        train.main(parse_args(parser, options.split()))
+        train.main(parse_args(parser, [*options, "4", "--fresh"]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' /proc")
+def test_a_cpu_without_memory_says_what_to_type_and_that_works(sample, tmp_path):
+    """A real process whose memory is limited, as by `ulimit -v`."""
+    train = ["train.py", "--data_dir", sample, *QUICK, "--folds", 0, "--image_size", 224, 224, "--train_batch_size", 32]
+    parts, run = 1, run_script(*train, cwd=tmp_path, check=False, memory=500_000_000)
+    while run.returncode and parts < 16:
+        assert run.returncode == 1 and "Traceback" not in run.stderr
+        said = run.stderr.splitlines()[-1]
+        assert (
+            said.startswith("error: the memory is too small") and f"Type --accumulate_grad_batches {2 * parts}:" in said
+        )
+        parts *= 2
+        options = ["--accumulate_grad_batches", parts, "--fresh"]
+        run = run_script(*train, *options, cwd=tmp_path, check=False, memory=500_000_000)
+    assert run.returncode == 0 and parts > 1, run.stderr

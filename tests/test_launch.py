@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from conftest import QUICK as ONE_EPOCH
 from conftest import REPO, run_script, start_script, wait_until
-from torch import distributed
-from torch.nn.parallel import DistributedDataParallel
 
+from dataset import load_photo
+from harness.prediction import load_network
 from models import LeafNet
+from utils import CLASSES, split_folds
 
 QUICK = [*ONE_EPOCH, "--max_epochs", 2]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # on a CPU, results depend on the number of threads
@@ -35,6 +36,13 @@ def outcome(folder):
     return found
 
 
+def outcome_of_fold_1(folder):
+    """The weights of this fold's checkpoints, and its result."""
+    found = {name: value for name, value in outcome(folder).items() if name.startswith("fold=1-")}
+    assert len(found) == 2
+    return found | {"result": (folder / "logs" / "metrics" / "fold=1" / "result.csv").read_bytes()}
+
+
 @pytest.fixture(scope="module")
 def one_process(sample, tmp_path_factory):
     """Folds 0, 1 and 2, one after the other in one process."""
@@ -45,9 +53,9 @@ def one_process(sample, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_processes(sample, tmp_path_factory):
-    """Fold 1 by two processes of one machine, started by train.py itself."""
+    """Folds 0 and 1 by two processes of one machine, started by train.py itself."""
     folder = tmp_path_factory.mktemp("two")
-    train(sample, folder, "--folds", 1, "--cpu_processes", 2)
+    train(sample, folder, "--folds", 0, 1, "--cpu_processes", 2)
     return folder
 
 
@@ -66,6 +74,37 @@ def test_folds_in_parallel_leave_what_one_process_leaves(one_process, sample, tm
     assert "it/s" not in done.stdout
     again = train(sample, tmp_path, "--folds", 0, 1, 2, "--cpu_processes", 1)  # one after the other is the same run
     assert again.stdout.count("is finished already") == 3
+
+
+def test_two_processes_train_as_gpus_0_1_would(one_process, two_processes, sample):
+    """DDP over gloo: two folds in one command, 9 validation photos between two, each once."""
+    results = pd.read_csv(two_processes / "logs" / "results.csv")
+    assert results["fold"].tolist() == [0, 1]
+    train_csv = pd.read_csv(sample / "train.csv")
+    folds, labels = split_folds(41, 2020), train_csv[list(CLASSES)].to_numpy()
+    alone = pd.read_csv(one_process / "logs" / "results.csv")
+    for _, row in results.iterrows():
+        rows = np.flatnonzero(folds == row["fold"])
+        photos = [load_photo(sample / "images" / f"{train_csv['image_id'][i]}.jpg", (32, 64)) for i in rows]
+        with torch.no_grad():
+            network = load_network(two_processes / "logs" / row["checkpoint"], LeafNet("resnet18"))
+            softmax = network(torch.from_numpy(np.stack(photos))).softmax(1).numpy()
+        assert -np.log(softmax[labels[rows] == 1]).mean() == pytest.approx(row["val_loss"], abs=1e-4)
+        # batch norm saw 4 photos a process, not 8: were it one process, the result would be the same
+        assert abs(row["val_loss"] - alone["val_loss"][row["fold"]]) > 1e-6
+    assert np.sum(folds == 0) == 9
+    again = train(sample, two_processes, "--folds", 0, 1, "--cpu_processes", 2).stdout
+    assert again.count("is finished already") == 2
+
+
+def test_an_error_in_one_of_two_processes_ends_both_with_one_line(sample, tmp_path):
+    (tmp_path / "logs" / "metrics" / "fold=0.csv").mkdir(parents=True)  # in the way of the metrics
+    (tmp_path / "logs" / "metrics" / "fold=0.csv" / "x").touch()
+    failed = train(sample, tmp_path, "--folds", 0, "--cpu_processes", 2, check=False)
+    assert failed.returncode == 1 and not (tmp_path / "logs" / "results.csv").exists()
+    errors = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: cannot delete logs/metrics/fold=0.csv: Is a directory"]
+    assert "Traceback" not in failed.stderr
 
 
 def test_a_fold_that_fails_in_parallel_is_named_and_the_others_are_done(sample, tmp_path):
@@ -158,7 +197,7 @@ def test_torchrun_on_two_machines_leaves_what_two_processes_of_one_leave(two_pro
     where = ["--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port]
     torchrun = ["torch.distributed.run", *where, "--node_rank"]
     finish([start_script(*torchrun, rank, *script, cwd=tmp_path, **ONE_THREAD) for rank in (0, 1)])
-    assert outcome(tmp_path) == outcome(two_processes)
+    assert outcome_of_fold_1(tmp_path) == outcome_of_fold_1(two_processes)
 
 
 def test_slurm_on_two_machines_leaves_what_two_processes_of_one_leave(two_processes, sample, tmp_path):
@@ -169,7 +208,7 @@ def test_slurm_on_two_machines_leaves_what_two_processes_of_one_leave(two_proces
     job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | ONE_THREAD
     tasks = [{"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in (0, 1)]
     finish([start_script(*script, cwd=tmp_path, **job, **task) for task in tasks])
-    assert outcome(tmp_path) == outcome(two_processes)
+    assert outcome_of_fold_1(tmp_path) == outcome_of_fold_1(two_processes)
 
 
 @pytest.mark.parametrize("options", [["--num_nodes", 2], ["--num_nodes", 2, "--parallel_folds"]])
@@ -186,23 +225,33 @@ def test_a_number_of_processes_that_does_not_fit_is_refused(sample, tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
-def compute_gradients(rank, port, images, labels, shares, path):
-    """One rank of DDP: the gradients of its share of a batch, averaged over ranks, batch norm in evaluation mode."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.manual_seed(1)
-    network = DistributedDataParallel(LeafNet().eval())
-    F.cross_entropy(network(images[shares[rank]]), labels[shares[rank]]).backward()
-    if rank == 0:
-        torch.save({name: p.grad for name, p in network.module.named_parameters() if p.grad is not None}, path)
-    distributed.destroy_process_group()
+# One rank of DDP: the gradients of its share of a batch, averaged over ranks, batch norm in evaluation mode.
+RANK = """
+import sys
+import torch
+import torch.nn.functional as F
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from models import LeafNet
+
+rank = int(sys.argv[1])
+distributed.init_process_group("gloo", rank=rank, world_size=2)
+torch.manual_seed(1)
+network = DistributedDataParallel(LeafNet().eval())
+batch = torch.load("batch.pt")
+share = slice(4 * rank, 4 * rank + 4)
+F.cross_entropy(network(batch["images"][share]), batch["labels"][share]).backward()
+if rank == 0:
+    torch.save({name: p.grad for name, p in network.module.named_parameters() if p.grad is not None}, "gradients.pt")
+distributed.destroy_process_group()
+"""
 
 
 def test_gradients_of_a_global_batch_are_those_of_its_halves_averaged(tmp_path):
-    images, labels = torch.randn(8, 3, 32, 64), torch.softmax(torch.randn(8, 4), 1)
-    shares = [np.arange(0, 4), np.arange(4, 8)]
-    arguments = (free_port(), images, labels, shares, tmp_path / "gradients.pt")
-    torch.multiprocessing.spawn(compute_gradients, arguments, nprocs=2)
+    images, labels = torch.randint(0, 256, (8, 32, 64, 3), dtype=torch.uint8), torch.softmax(torch.randn(8, 4), 1)
+    torch.save({"images": images, "labels": labels}, tmp_path / "batch.pt")
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | ONE_THREAD
+    finish([start_script("-c", RANK, rank, cwd=tmp_path, **where) for rank in (0, 1)])
     torch.manual_seed(1)
     network = LeafNet().eval()
     F.cross_entropy(network(images), labels).backward()

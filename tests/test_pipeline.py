@@ -219,37 +219,6 @@ def test_blend_refuses_submissions_that_do_not_match(done, tmp_path):
     assert not (tmp_path / "submission_mix.csv").exists()
 
 
-def test_two_processes_train_as_gpus_0_1_would(done, sample, tmp_path):
-    """DDP over gloo: two folds in one command, 9 validation photos between two, each once."""
-    options = ["--folds", 0, 1, "--cpu_processes", 2]
-    run_script("train.py", "--data_dir", sample, *SMALL, *options, cwd=tmp_path)
-    results = pd.read_csv(tmp_path / "logs" / "results.csv")
-    assert results["fold"].tolist() == [0, 1]
-    folds, labels = split_folds(41, 2020), read(sample / "train.csv")
-    ids = pd.read_csv(sample / "train.csv")["image_id"]
-    alone = pd.read_csv(done[0] / "logs" / "results.csv")
-    for _, row in results.iterrows():
-        rows = np.flatnonzero(folds == row["fold"])
-        photos = np.stack([load_photo(sample / "images" / f"{ids[i]}.jpg", (32, 64)) for i in rows])
-        with torch.no_grad():
-            network = load_network(tmp_path / "logs" / row["checkpoint"], LeafNet())
-            softmax = network(torch.from_numpy(photos)).softmax(1).numpy()
-        assert -np.log(softmax[labels[rows] == 1]).mean() == pytest.approx(row["val_loss"], abs=1e-4)
-        # batch norm saw 4 photos a process, not 8: were it one process, the result would be the same
-        assert abs(row["val_loss"] - alone["val_loss"][row["fold"]]) > 1e-6
-    assert np.sum(folds == 0) == 9
-    again = run_script("train.py", "--data_dir", sample, *SMALL, *options, cwd=tmp_path).stdout
-    assert again.count("is finished already") == 2
-
-
-def test_an_error_in_one_of_two_processes_ends_both_with_one_line(sample, tmp_path):
-    (tmp_path / "logs" / "metrics" / "fold=0.csv").mkdir(parents=True)  # in the way of the metrics
-    (tmp_path / "logs" / "metrics" / "fold=0.csv" / "x").touch()
-    options = ["--folds", 0, "--cpu_processes", 2]
-    failed = run_script("train.py", "--data_dir", sample, *SMALL, *options, cwd=tmp_path, check=False)
-    assert failed.returncode == 1 and not (tmp_path / "logs" / "results.csv").exists()
-
-
 def test_the_demonstrations_table_holds_every_auc(done, sample, tmp_path, monkeypatch):
     shutil.copytree(done[0], tmp_path / "demo")
     shutil.copytree(sample, tmp_path / "demo" / "sample")

@@ -50,7 +50,7 @@ module = importlib.import_module(script)
 module.main(parse_args((make_training_parser if script == "train" else make_parser)("")))
 """
 # More epochs than the six whose checkpoints are kept: once with the real network, else with one that is quicker.
-REAL = ["--max_epochs", 8, "--folds", 0]
+REAL = ["--max_epochs", 7, "--folds", 0]
 LONG = ["--max_epochs", 8, "--folds", 0, "--backbone", "resnet18"]
 TRIANGULAR = ["--max_epochs", 3, "--folds", 0, "--backbone", "resnet18", "--lr_schedule", "triangular"]
 SHORT = ["--max_epochs", 2, "--folds", 0, 1, "--backbone", "resnet18"]
@@ -97,7 +97,7 @@ def uninterrupted(sample, tmp_path_factory):
 @pytest.mark.parametrize(
     "moment, options, goes_on_after",
     [
-        ("epoch:7", REAL, 6),  # in the last epoch: some of the checkpoints written before are replaced already
+        ("epoch:6", REAL, 5),  # in the last epoch: some of the checkpoints written before are replaced already
         ("epoch:0", LONG, None),  # before the first epoch is kept
         ("half:epoch=4", LONG, 3),  # a checkpoint half written
         ("after:epoch=4", LONG, 3),  # a checkpoint written, the resume point not yet
