@@ -235,7 +235,7 @@ def test_the_numbers_of_the_page_are_those_of_the_csv(analysed):
 
 
 def test_the_page_has_every_picture_and_needs_no_network(analysed):
-    page = read_page(analysed[0])
+    page, table = read_page(analysed[0]), read_table(analysed[0])
     pictures, links = [], []
 
     class Collector(HTMLParser):
@@ -245,11 +245,17 @@ def test_the_page_has_every_picture_and_needs_no_network(analysed):
             links.extend(attributes[name] for name in ("href", "xlink:href") if name in attributes and tag != "use")
 
     Collector().feed(page)
+    n_worst = min(5, table["wrong"].sum())
+    n_confident = table[~table["wrong"]].groupby("label").size().clip(upper=2).sum()
+    n_suspects = min(5, (table["suspect"] != "").sum())
+    # with two heat maps or one; a pair of near-duplicates; all augmentations, three times together; eight views
+    assert len(pictures) == 3 * n_worst + 2 * n_confident + n_suspects + 2 + (1 + 8 + 3) + (1 + 8)
+    assert n_worst == 5 and page.count('class="card" id="heat-') == n_worst + n_confident
+    pictures += [photo["thumbnail"] for photo in page_photos(page)]
     assert all(address.startswith("data:image/jpeg;base64,") for address in pictures)
-    assert all(address.startswith(("#", "data:")) for address in links)
-    assert not re.search(r"@import|url\((?!#)", page)
+    assert "#all" in links and all(address.startswith(("#", "data:")) for address in links)
+    assert not re.search(r"@import|url\((?!#)|fetch\(|import\(|XMLHttpRequest|WebSocket", page)
     assert page.count("<svg") == 6  # ROC, confusion, reliability, loss, AUC, learning rate
-    assert page.count('class="card" id="heat-') >= 5 + 2
     assert "shift scale rotate" in page and page.count("<figcaption>view ") == 8
 
 
@@ -269,26 +275,39 @@ def test_examples_are_the_worst_errors_and_the_surest_successes():
 # ---------------------------------------------------------------------------------------------- options and errors
 
 
-def test_near_duplicates_in_different_folds_are_a_leak(trained, planted, tmp_path):
-    """A second fold is made of the first one's network: what counts here is only which photo is in which fold."""
-    shutil.copytree(trained / "logs", tmp_path / "logs")
-    result = pd.read_csv(tmp_path / "logs" / "metrics" / "fold=0" / "result.csv")
+@pytest.fixture(scope="module")
+def two_folds(trained, planted, tmp_path_factory):
+    """The folder in which error_analysis.py ran with two folds, the planted twin in the second, and what it printed.
+
+    The second fold is made of the first one's network: what counts here is only which photo is in which fold.
+    """
+    folder = tmp_path_factory.mktemp("two_folds")
+    logs = folder / "logs"
+    shutil.copytree(trained / "logs", logs)
+    result = pd.read_csv(logs / "metrics" / "fold=0" / "result.csv")
     checkpoint = result["checkpoint"][0]
     renamed = checkpoint.replace("fold=0", "fold=1")
-    shutil.copy(tmp_path / "logs" / checkpoint, tmp_path / "logs" / renamed)
-    (tmp_path / "logs" / "metrics" / "fold=1").mkdir()
-    result.assign(fold=1, checkpoint=renamed).to_csv(
-        tmp_path / "logs" / "metrics" / "fold=1" / "result.csv", index=False
-    )
-    shutil.copy(tmp_path / "logs" / "metrics" / "fold=0.csv", tmp_path / "logs" / "metrics" / "fold=1.csv")
-    folds = pd.read_csv(tmp_path / "logs" / "folds.csv")
+    shutil.copy(logs / checkpoint, logs / renamed)
+    (logs / "metrics" / "fold=1").mkdir()
+    result.assign(fold=1, checkpoint=renamed).to_csv(logs / "metrics" / "fold=1" / "result.csv", index=False)
+    shutil.copy(logs / "metrics" / "fold=0.csv", logs / "metrics" / "fold=1.csv")
+    folds = pd.read_csv(logs / "folds.csv")
     folds.loc[folds["image_id"] == planted[2][1], "fold"] = 1
-    folds.to_csv(tmp_path / "logs" / "folds.csv", index=False)
-    done = run_script("error_analysis.py", "--data_dir", planted[0], "--folds", 0, 1, "--worst", 2, cwd=tmp_path)
-    assert "1 pairs of near-duplicates (1 of contradicting labels, 1 in different folds)" in done.stdout
-    assert "In different folds: 1" in read_page(tmp_path)
-    assert read_table(tmp_path)["fold"].value_counts().to_dict() == folds["fold"].value_counts()[[0, 1]].to_dict()
+    folds.to_csv(logs / "folds.csv", index=False)
+    done = run_script("error_analysis.py", "--data_dir", planted[0], "--folds", 0, 1, "--worst", 2, cwd=folder)
+    return folder, done.stdout
 
+
+def test_near_duplicates_in_different_folds_are_a_leak(two_folds):
+    folder, printed = two_folds
+    assert "1 pairs of near-duplicates (1 of contradicting labels, 1 in different folds)" in printed
+    assert "In different folds: 1" in read_page(folder)
+    folds = pd.read_csv(folder / "logs" / "folds.csv").set_index("image_id")["fold"]
+    assert read_table(folder).set_index("image_id")["fold"].to_dict() == folds[folds <= 1].to_dict()
+
+
+def test_metrics_that_are_missing_are_named(two_folds, planted, tmp_path):
+    shutil.copytree(two_folds[0] / "logs", tmp_path / "logs", copy_function=os.symlink)
     (tmp_path / "logs" / "metrics" / "fold=1.csv").unlink()
     done = run_script("error_analysis.py", "--data_dir", planted[0], "--folds", 0, 1, cwd=tmp_path, check=False)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: logs/metrics/fold=1.csv is missing")
@@ -372,7 +391,7 @@ def test_the_table_sorts_by_its_headers_with_the_keyboard_too(page, analysed):
     assert listed(page)[: len(suspects)] == suspects["image_id"].tolist()
 
 
-def test_the_table_filters_by_id_class_fold_errors_and_suspects(page, analysed):
+def test_the_table_filters_by_id_class_errors_and_suspects(page, analysed):
     table = read_table(analysed[0])
 
     def shows(rows):
@@ -394,8 +413,15 @@ def test_the_table_filters_by_id_class_fold_errors_and_suspects(page, analysed):
     find(page, "#wrong").click()
     find(page, "#class option[value=healthy]").click()
     shows(table[table["wrong"] & (table["label"] == "healthy")])
-    find(page, "#fold option:last-child").click()
-    assert find(page, "#fold").get_attribute("value") == "0" and len(listed(page)) == len(table)
+
+
+def test_the_table_filters_by_fold(page, two_folds):
+    page.get((two_folds[0] / "error_analysis.html").as_uri())
+    table = read_table(two_folds[0])
+    for fold in (0, 1):
+        find(page, f"#fold option:nth-child({fold + 2})").click()  # the first one is "all"
+        rows = table[table["fold"] == fold].sort_values("loss", ascending=False, kind="stable")
+        assert listed(page) == rows["image_id"].tolist() and 0 < len(rows) < len(table)
 
 
 def test_links_lead_from_a_suspect_to_its_row_and_from_there_to_its_heat_map(page, analysed):
@@ -431,3 +457,4 @@ def test_the_page_fits_a_phone_in_the_dark_and_every_picture_is_decoded(page, tm
     unnamed = "input, select, button"
     names = "return [...document.querySelectorAll(arguments[0])].filter(one => !one.labels?.length && !one.textContent)"
     assert page.execute_script(names, unnamed) == []
+    assert page.execute_script("return document.querySelectorAll(arguments[0]).length", unnamed) > 10

@@ -92,8 +92,16 @@ def test_folding_batch_norm_leaves_the_logits(network, images):
 
 
 def test_the_head_stays_in_float32_under_autocast(network, images):
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert network.eval().logits(images[:1, :, :32, :32]).dtype == torch.float32
+    given = []
+    watch = network.maps.register_forward_hook(lambda module, inputs, maps: given.append(maps))
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = network.eval().logits(images[:, :, :32, :32])
+        watch.remove()
+        (maps,) = given
+        assert maps.dtype == torch.bfloat16 and logits.dtype == torch.float32
+        expected = network.fc(F.normalize(network.bn(maps.float().mean((2, 3))), dim=1))
+        torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)  # bf16 has no more than three digits
 
 
 def learning_rates(lr_schedule, max_epochs):

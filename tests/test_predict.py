@@ -10,7 +10,8 @@ from conftest import run_script
 from PIL import Image
 
 import generate_soft_labels
-from dataset import read_test
+from analysis.heat_maps import heat_maps
+from dataset import load_photo, read_test
 from harness.log_dir import read_folds
 from harness.prediction import prepare_prediction
 from harness.tables import read_train_csv
@@ -44,13 +45,16 @@ def test_a_training_photo_gets_its_out_of_fold_prediction(run_of_fold_0, trained
     done, found = predict_photos(*photos, trained=trained, cwd=tmp_path)
     assert found.index.tolist() == [str(photo) for photo in photos] and list(found.columns) == list(CLASSES)
     np.testing.assert_allclose(found, expected.iloc[:5], atol=1e-5)
-    assert expected.index[0] in done.stdout and "wrote predictions.csv: 5 photos" in done.stdout
+    table = found.assign(prediction=found.idxmax(axis=1))[["prediction", *CLASSES]]
+    for name, row in table.iterrows():
+        shown = [name, row["prediction"], *(f"{probability:.3f}" for probability in row[list(CLASSES)])]
+        assert shown in [line.split() for line in done.stdout.splitlines()]
+    assert "wrote predictions.csv: 5 photos" in done.stdout
 
 
 def test_with_tta_a_test_photo_gets_the_prediction_of_the_submission(run_of_fold_0, trained, tmp_path):
     args, networks = run_of_fold_0
-    image_ids, images = read_test(args)
-    expected = predict_test(args, networks, image_ids[:8], images).set_index("image_id").loc[["Test_7", "Test_0"]]
+    expected = predict_test(args, networks, *read_test(args)).set_index("image_id").loc[["Test_7", "Test_0"]]
     photos = [trained / "leaves" / "images" / f"{name}.jpg" for name in expected.index]
     _, found = predict_photos(*photos, "--tta", trained=trained, cwd=tmp_path)
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -70,15 +74,19 @@ def test_size_orientation_and_format_do_not_matter_and_exif_is_respected(trained
     photo.transpose(Image.Transpose.TRANSPOSE).save(tmp_path / "portrait.png")
     photo.resize((photo.width * 3, photo.height * 3), Image.Resampling.BICUBIC).save(tmp_path / "large.png")
     photo.convert("L").save(tmp_path / "grey.png")
+    photo.convert("L").convert("RGB").save(tmp_path / "grey in colour.png")
     photo.convert("RGBA").save(tmp_path / "alpha.png")
     _, found = predict_photos(tmp_path, trained=trained, cwd=tmp_path)
     of = {
         name: found.loc[str(tmp_path / name)].to_numpy() for name in map(lambda path: path.split("/")[-1], found.index)
     }
-    assert len(of) == 7
-    for name, tolerance in (("portrait.png", 0), ("alpha.png", 0), ("camera.jpg", 0.02), ("large.png", 0.1)):
+    assert len(of) == 8
+    for name, tolerance in (("portrait.png", 0), ("alpha.png", 0), ("camera.jpg", 0.002), ("large.png", 0.01)):
         np.testing.assert_allclose(of[name], of["plain.png"], atol=tolerance + 1e-6)
-    assert np.abs(of["unmarked.jpg"] - of["plain.png"]).max() > np.abs(of["camera.jpg"] - of["plain.png"]).max()
+    np.testing.assert_allclose(of["grey.png"], of["grey in colour.png"], atol=1e-6)
+    # other pictures give other probabilities: a turned one, and one without colours
+    assert np.abs(of["unmarked.jpg"] - of["plain.png"]).max() > 0.005
+    assert np.abs(of["grey.png"] - of["plain.png"]).max() > 0.05
 
 
 def test_bad_photos_are_reported_and_skipped_and_equal_names_stay_apart(trained, tmp_path):
@@ -103,13 +111,16 @@ def test_bad_photos_are_reported_and_skipped_and_equal_names_stay_apart(trained,
     ):
         assert line in done.stderr.splitlines()
     assert "error: bare holds no photo" in done.stderr and "its name is not UTF-8: rename it" in done.stderr
-    assert "orchard/notes.txt" in done.stdout
+    assert "note: left out of orchard, as no photos: orchard/notes.txt\n" in done.stdout
     assert found.index.tolist() == ["orchard/north/leaf.jpg", "orchard/south/leaf.jpg"]
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
     assert np.abs(found.iloc[0] - found.iloc[1]).max() > 1e-3
     predicted = found.idxmax(axis=1).tolist()
-    expected = {f"0001-leaf-{predicted[0]}.jpg", f"0002-leaf-{predicted[1]}.jpg"}
-    assert {path.name for path in (tmp_path / "maps").iterdir()} == expected
+    pictures = sorted((tmp_path / "maps").iterdir())
+    assert [path.name for path in pictures] == [f"0001-leaf-{predicted[0]}.jpg", f"0002-leaf-{predicted[1]}.jpg"]
+    for path, source in zip(pictures, ("Test_2", "Test_3"), strict=True):
+        photo = cv2.imread(str(images / f"{source}.jpg")).astype(int)
+        assert np.abs(cv2.imread(str(path))[:, : photo.shape[1]] - photo).mean() < 6
 
     written = (tmp_path / "predictions.csv").read_bytes()
     done, _ = predict_photos("gone.jpg", trained=trained, cwd=tmp_path, check=False)
@@ -117,11 +128,11 @@ def test_bad_photos_are_reported_and_skipped_and_equal_names_stay_apart(trained,
     assert (tmp_path / "predictions.csv").read_bytes() == written
 
 
-def test_a_heat_map_is_laid_over_the_photo_as_it_was_taken(trained, tmp_path):
+def test_a_heat_map_is_laid_over_the_photo_as_it_was_taken(run_of_fold_0, trained, tmp_path):
     source = cv2.imread(str(trained / "leaves" / "images" / "Test_4.jpg"))
     portrait = cv2.transpose(source) if source.shape[0] < source.shape[1] else source
     cv2.imwrite(str(tmp_path / "tall.png"), portrait)
-    predict_photos("tall.png", "--heat_maps", "maps", trained=trained, cwd=tmp_path)
+    _, found = predict_photos("tall.png", "--heat_maps", "maps", trained=trained, cwd=tmp_path)
     (path,) = (tmp_path / "maps").iterdir()
     drawn = cv2.imread(str(path))
     height, width = portrait.shape[:2]
@@ -130,6 +141,11 @@ def test_a_heat_map_is_laid_over_the_photo_as_it_was_taken(trained, tmp_path):
     assert np.abs(left - portrait).mean() < 6
     magenta = (right - left) @ [1, -2, 1]  # red and blue rise, green falls
     assert magenta.max() > 100 and np.percentile(np.abs(magenta), 5) < 40
+
+    lying = load_photo(tmp_path / "tall.png", (64, 96))
+    heat = heat_maps(run_of_fold_0[1][0], lying[None], [found.to_numpy().argmax()])[0]
+    heat = cv2.resize(cv2.transpose(heat), (width, height))  # as the photo was taken: upright
+    assert np.corrcoef(heat.ravel(), magenta.ravel())[0, 1] > 0.9
 
 
 def test_what_is_named_is_found_once_and_in_order(tmp_path):

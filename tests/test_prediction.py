@@ -37,14 +37,21 @@ def test_long_predictions_are_compiled_and_stay_the_same(job, monkeypatch, capsy
     expected = predict(*job, "short")
     assert "torch.compile" not in capsys.readouterr().out
     assert np.abs(expected[:11] - expected[11:]).max() > 0.05  # another network's weights would be noticed
-    seen, compiling = [], prediction.compile_network
+    used, compiling = [], prediction.compile_network
+
+    def watch(network, example):
+        compiled = compiling(network, example)
+        assert isinstance(compiled, torch._dynamo.OptimizedModule)
+        return lambda images: used.append((network, len(images))) or compiled(images)
+
     monkeypatch.setattr(prediction, "COMPILE_FROM", 22 * 32 * 64)
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setattr(prediction, "compile_network", lambda *given: seen.append(compiling(*given)) or seen[-1])
+    monkeypatch.setattr(prediction, "compile_network", watch)
     np.testing.assert_allclose(predict(*job, "long"), expected, atol=1e-5)
     assert "22 images to predict: by torch.compile" in capsys.readouterr().out
     assert any((job[-1].cache_dir / "torch.compile").iterdir())
-    assert len(seen) == 2 and all(isinstance(network, torch._dynamo.OptimizedModule) for network in seen)
+    # of 4 + 4 + 3 images a network, the last batch is not worth compiling once more
+    assert used == [(network, 4) for network in job[0].values() for _ in range(2)]
 
 
 def test_without_a_compiler_it_is_said_and_the_prediction_goes_on(job, monkeypatch, capsys):

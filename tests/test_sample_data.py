@@ -62,7 +62,9 @@ def all_true_labels(sample):
 
 
 def test_same_arguments_same_bytes(tiny):
-    assert contents(tiny / "one") == contents(tiny / "two")  # whatever the number of threads
+    one = contents(tiny / "one")
+    assert len(one) == 27  # 20 photos, six CSV files, sample.json
+    assert one == contents(tiny / "two")  # whatever the number of threads
 
 
 def test_another_seed_differs(tiny):
@@ -80,11 +82,15 @@ def test_photo_does_not_depend_on_the_number_of_photos(tiny):
         assert one[f"images/{image_id}.jpg"] == more[f"images/{image_id}.jpg"]
 
 
-def test_splits_and_neighbours_are_different_photos():
-    photos = [
-        render_leaf("rust", 64, 96, np.random.default_rng([1, split, index]))[0] for split in (0, 1) for index in (0, 1)
-    ]
-    assert len({photo.tobytes() for photo in photos}) == 4
+def test_splits_and_neighbours_are_different_photos(tmp_path):
+    """Of one class, as drawn for the data set: by the seed, the split and the number."""
+    (tmp_path / "images").mkdir()
+    for split in (0, 1):
+        for index in (0, 1):
+            write_photo((split, index, "rust"), tmp_path, (64, 96), 1)
+    photos = contents(tmp_path / "images")
+    assert sorted(photos) == ["Test_0.jpg", "Test_1.jpg", "Train_0.jpg", "Train_1.jpg"]
+    assert len(set(photos.values())) == 4
 
 
 def test_layout(sample):
@@ -116,6 +122,7 @@ def test_class_mix(sample):
 def test_wrong_labels(sample):
     wrong = pd.read_csv(sample / "wrong_labels.csv", index_col="image_id")
     assert len(wrong) == 5 and (wrong.label != wrong.true_label).all()
+    assert {*wrong.label, *wrong.true_label} <= {"healthy", "rust", "scab"}
     assert (read_labels(sample / "train.csv")[wrong.index] == wrong.label).all()
     true = true_labels(24, np.random.default_rng(0))
     given = with_mistakes(true, np.random.default_rng(0))
@@ -157,6 +164,7 @@ def test_spots_are_where_the_list_says_and_survive_downsampling(label, seed):
 def test_size_and_type():
     photo, spots = render_leaf("multiple_diseases", 150, 100, np.random.default_rng(5))
     assert photo.shape == (150, 100, 3) and photo.dtype == np.uint8
+    assert len(spots) >= 9  # five of rust and four of scab
     assert all(0 < x < 100 and 0 < y < 150 and radius > 0 for _, x, y, radius in spots)
 
 
@@ -196,7 +204,7 @@ def test_existing_folders(tiny):
     again = run("--out", str(tiny / "one"))
     assert again.returncode == 0 and "already there" in again.stdout
     other = run("--out", str(tiny / "one"), "--seed", "8")
-    assert other.returncode != 0 and other.stdout == "" and other.stderr.count("\n") == 1
+    assert other.returncode == 1 and other.stdout == "" and other.stderr.count("\n") == 1
     assert "--out" in other.stderr and "delete" in other.stderr
     assert contents(tiny / "one") == before
 
@@ -222,7 +230,10 @@ def test_interrupted_run_can_be_repeated(tiny):
 def test_train_csv_comes_last(tmp_path, monkeypatch):
     """So that a run that stops anywhere leaves a folder that no later step takes for a data set."""
     written = []
-    monkeypatch.setattr("tools.generate_sample_data.write_csv", lambda path, frame: written.append(path.name))
+
+    def watch(path, frame):
+        written.append((path.name, len(list((tmp_path / "images").iterdir()))))
+
+    monkeypatch.setattr("tools.generate_sample_data.write_csv", watch)
     main(["--out", str(tmp_path), *TINY])
-    assert len(written) == 6 and written[-1] == "train.csv"
-    assert len(list((tmp_path / "images").iterdir())) == 20
+    assert len(written) == 6 and written[-1] == ("train.csv", 20)

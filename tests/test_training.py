@@ -7,7 +7,7 @@ import torch
 
 import models
 import train
-from dataset import LeafDataset
+from dataset import EpochSampler, LeafDataset
 from harness.console import InputError
 from harness.run import Run
 from utils import make_training_parser, parse_args, split_folds
@@ -32,9 +32,6 @@ def watched(monkeypatch, tmp_path):
         gradients = [p.grad for group in self.param_groups for p in group["params"]]
         seen["norms"].append(torch.stack([g.norm() for g in gradients]).norm().item())
         seen["defaults"] = self.defaults
-        seen["fold bias trained"] = any(
-            p.shape == (2048,) and p.grad is None for g in self.param_groups for p in g["params"]
-        )
         return step(self, **options)
 
     training_step = models.LeafModule.training_step
@@ -73,7 +70,7 @@ def test_the_best_six_checkpoints_are_kept_and_the_best_is_used(watched, tmp_pat
     # 16 photos to train on: two batches of 8 an epoch, in every epoch all of them, in another order
     train_rows = np.flatnonzero(data.folds != 1).tolist()
     orders = [[row for fold, draw, row in seen["keys"] if row in train_rows and draw == epoch] for epoch in range(8)]
-    assert all(sorted(order) == train_rows for order in orders[1:])
+    assert len(train_rows) == 16 and all(sorted(order) == train_rows for order in orders)
     assert len({tuple(order) for order in orders}) == 8
     assert seen["batches"] == [8] * 16
 
@@ -83,15 +80,24 @@ def test_the_best_six_checkpoints_are_kept_and_the_best_is_used(watched, tmp_pat
         "betas": (0.9, 0.999),
         "weight_decay": 0,
     }
-    assert max(seen["norms"]) == pytest.approx(1, abs=1e-4) and not seen["fold bias trained"]
+    assert max(seen["norms"]) == pytest.approx(1, abs=1e-4)
+
+    state = torch.load(tmp_path / result["checkpoint"][0], weights_only=True)["state_dict"]
+    assert (state["network.bn.bias"] == 0).all()  # frozen, unlike the weight beside it
+    assert (state["network.bn.weight"] != 1).any()
 
     metrics = pd.read_csv(tmp_path / "metrics" / "fold=1.csv")
     assert metrics["epoch"].tolist() == list(range(8)) and metrics["val_roc_auc"].tolist() == pytest.approx(AUCS)
 
 
 def test_accumulation_splits_the_same_batch_into_parts(watched):
-    _, seen = watched("--accumulate_grad_batches", "2", "--max_epochs", "2")
+    data, seen = watched("--accumulate_grad_batches", "2", "--max_epochs", "2")
     assert seen["batches"] == [4] * 8 and len(seen["norms"]) == 4
+    sampler, whole = EpochSampler(np.flatnonzero(data.folds != 1), 8, 2020, 1), []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        whole += list(sampler)
+    assert [key for key in seen["keys"] if data.folds[key[2]] != 1] == whole
 
 
 def test_gradients_are_clipped_at_the_norm_asked_for(watched):

@@ -62,9 +62,10 @@ def cached(tmp_path):
 
 
 def test_the_first_source_is_the_old_home_and_the_second_the_mirror():
-    urls = weights.weight_sources(BACKBONE)
-    assert "data.lip6.fr" in urls[0]
-    assert urls[1].endswith("/v0.1-weights/legacy_se_resnext50_32x4d-f3651bad.pth")
+    first, second = weights.weight_sources(BACKBONE)
+    assert first == "http://data.lip6.fr/cadene/pretrainedmodels/se_resnext50_32x4d-a260b3a4.pth"
+    assert second.startswith("https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-weights/")
+    assert second.endswith("/legacy_se_resnext50_32x4d-f3651bad.pth")
 
 
 def test_the_first_host_down_the_second_answers(host, tmp_path):
@@ -154,7 +155,11 @@ def test_a_file_given_by_hand_fills_the_backbone_and_leaves_the_head(tmp_path):
         state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
         state = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): value for name, value in state.items()}
         torch.save(state, tmp_path / "other.pth")
-        load_backbone_weights(LeafNet(backbone).backbone, tmp_path / "other.pth")
+        network = LeafNet(backbone)
+        load_backbone_weights(network.backbone, tmp_path / "other.pth")
+        for name, value in network.backbone.state_dict().items():
+            if not name.endswith("num_batches_tracked"):
+                torch.testing.assert_close(value, theirs.state_dict()[name], rtol=0, atol=0)
 
     incomplete = dict(list(original.state_dict().items())[5:])
     torch.save(incomplete, tmp_path / "incomplete.pth")
