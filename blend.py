@@ -12,17 +12,18 @@ import argparse
 from harness.console import say
 from harness.files import write_csv
 from harness.tables import read_probabilities
-from utils import CLASSES, HelpFormatter
+from utils import CLASSES, HelpFormatter, output_name, positive
 
 
 def main(args):
     classes = list(CLASSES)
-    mix = read_probabilities(args.submissions[0], CLASSES)
-    for path in args.submissions[1:]:
+    *submissions, output = [output_name(name, args.limit) for name in [*args.submissions, args.output]]
+    mix = read_probabilities(submissions[0], CLASSES)
+    for path in submissions[1:]:
         mix[classes] += read_probabilities(path, CLASSES, mix["image_id"])[classes]
-    mix[classes] /= len(args.submissions)
-    write_csv(args.output, mix)
-    say(f"wrote {args.output}: the mean of {' and '.join(args.submissions)}, {len(mix)} rows")
+    mix[classes] /= len(submissions)
+    write_csv(output, mix)
+    say(f"wrote {output}: the mean of {' and '.join(submissions)}, {len(mix)} rows")
 
 
 if __name__ == "__main__":
@@ -35,5 +36,6 @@ if __name__ == "__main__":
         metavar="CSV",
         help="what to average",
     )
+    group.add_argument("--limit", type=positive, metavar="N", help="blend what steps 2 and 4 wrote after --limit N")
     group.add_argument("--output", default="submission_mix.csv", metavar="CSV", help="where the mean goes")
     main(parser.parse_args())

@@ -13,18 +13,31 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from harness.photos import cache_images, read_photo
-from harness.tables import read_test_ids
+from harness.tables import read_test_ids, read_train_csv
 from utils import CLASSES, derive_seed
 
 cv2.setNumThreads(0)  # OpenCV's threads would fight the loader's workers for the cores
-HARD_SHARE = 0.7  # of the mixed label in step 3, the rest is the soft label
 
 # ---------------------------------------------------------------------------------------------- labels and photos
 
 
-def mix_labels(hard, soft):
-    """0.7 x hard + 0.3 x soft labels: two (n, 4) arrays in the same row order → float32 (n, 4)."""
-    return (HARD_SHARE * hard + (1 - HARD_SHARE) * soft).astype(np.float32)
+def read_train(args):
+    """train.csv: DataFrame with image_id and the four one-hot columns; with --limit a stratified part of its rows.
+
+    Its index is the row number in train.csv.
+    """
+    train = read_train_csv(args.data_dir, CLASSES)
+    if args.limit is None or args.limit >= len(train):
+        return train
+    # the same share of each class, and no class without a photo: the photos in turn, the rarest class first
+    rank = train.groupby(list(CLASSES))["image_id"].cumcount() + 0.5
+    size = train.groupby(list(CLASSES))["image_id"].transform("size")
+    return train.loc[(rank / size).sort_values(kind="stable").index[: args.limit].sort_values()]
+
+
+def mix_labels(hard, soft, soft_share):
+    """(1 - soft_share) x hard + soft_share x soft labels: two (n, 4) arrays in the same row order → float32 (n, 4)."""
+    return ((1 - soft_share) * hard + soft_share * soft).astype(np.float32)
 
 
 def fit_photo(photo, image_size):
@@ -40,13 +53,23 @@ def load_photo(path, image_size):
 
 
 def cached_photos(args, name, image_ids):
-    """All photos `image_ids` as the network sees them, decoded once: CachedImages. name: "train" or "test"."""
-    return cache_images(name, image_ids, args.data_dir, args.image_size, args.cache_dir, fit_photo)
+    """The photos `image_ids` as the network sees them, decoded once: CachedImages. name: "train" or "test".
+
+    With --limit they are taken from the cache of all photos if that is there.
+    """
+    all_ids = image_ids
+    if args.limit is not None:
+        read = {
+            "train": lambda: read_train_csv(args.data_dir, CLASSES)["image_id"],
+            "test": lambda: read_test_ids(args.data_dir, CLASSES),
+        }
+        all_ids = read[name]()
+    return cache_images(name, image_ids, all_ids, args.data_dir, args.image_size, args.cache_dir, fit_photo)
 
 
 def read_test(args):
     """What there is to predict: the image_ids, Series in the row order of sample_submission.csv, and CachedImages."""
-    image_ids = read_test_ids(args.data_dir, CLASSES)
+    image_ids = read_test_ids(args.data_dir, CLASSES)[: args.limit]
     return image_ids, cached_photos(args, "test", image_ids)
 
 

@@ -10,12 +10,12 @@ Writes  error_analysis.html: one page that needs no network, with heat maps, sus
 Expect  the out-of-fold AUC, the number of errors, suspects and near-duplicates.
 """
 
-from utils import CLASSES, N_FOLDS, column_aucs, make_parser, mean_auc, parse_args, positive
+from utils import CLASSES, column_aucs, make_prediction_parser, mean_auc, parse_args, positive
 
 
 def make_analysis_parser():
     """What error_analysis.py takes."""
-    parser = make_parser(__doc__)
+    parser = make_prediction_parser(__doc__)
     add = parser.add_argument_group("error analysis").add_argument
     add("--worst", type=positive, default=24, metavar="N", help="wrong photos with heat maps, suspects with pictures")
     return parser
@@ -37,14 +37,13 @@ from tqdm import tqdm
 
 from analysis import figures
 from analysis.heat_maps import data_uri, heat_maps, overlay, shrink
-from dataset import fit_photo
+from dataset import fit_photo, read_train
 from harness.console import InputError, say
 from harness.files import atomic_write, write_csv
 from harness.log_dir import read_folds, read_own_csv
 from harness.photos import read_photo
-from harness.prediction import predict, prepare_prediction, stopping_cleanly
-from harness.tables import read_train_csv
-from inference import load_networks, predict_out_of_fold
+from harness.prediction import predict, stopping_cleanly
+from inference import load_trained, predict_out_of_fold
 
 THUMBNAIL = 120  # longest side in pixels: there is one of every photo
 CONFIDENT = 2  # right and most certain photos of each class that get heat maps
@@ -221,9 +220,9 @@ def show_tta(args, photos, networks):
     row = int(photos.table[list(CLASSES)].max(axis=1).idxmin())
     entry, small = photos.table.loc[row], photos.show(row)
     name, fold = entry["image_id"], entry["fold"]
-    data, keys = figures.tta_views(photos.decode(row), name, fold, args.seed, args.image_size)
+    data, keys = figures.tta_views(photos.decode(row), name, fold, args, args.image_size)
     probabilities = predict({fold: networks[fold]}, data, keys, args, "views")
-    shown, _ = figures.tta_views(small, name, fold, args.seed, small.shape[:2])
+    shown, _ = figures.tta_views(small, name, fold, args, small.shape[:2])
     views = [
         {"picture": data_uri(shown[key]["image"].numpy()), "probabilities": values.tolist()}
         for key, values in zip(keys, probabilities, strict=True)
@@ -243,15 +242,14 @@ def write_page(path, **content):
 
 
 def main(args):
-    checkpoints = prepare_prediction(args, N_FOLDS)
+    checkpoints, networks = load_trained(args)
     metrics = read_metrics(args.log_dir, args.folds)
-    train = read_train_csv(args.data_dir, CLASSES)
+    train = read_train(args).reset_index(drop=True)
     folds = read_folds(args.log_dir, train["image_id"])
-    networks = load_networks(args, checkpoints)
 
     table = tabulate(train, folds, predict_out_of_fold(args, train, folds, networks))
-    compared = np.eye(len(CLASSES))[class_numbers(table["label"])], table[list(CLASSES)]
-    auc, aucs = mean_auc(*compared), column_aucs(*compared)
+    labels, probabilities = np.eye(len(CLASSES))[class_numbers(table["label"])], table[list(CLASSES)]
+    auc, aucs = mean_auc(labels, probabilities), column_aucs(labels, probabilities)
 
     photos = Photos(table, args)
     worst, confident = choose_examples(table, args.worst)

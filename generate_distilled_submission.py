@@ -7,23 +7,24 @@ Writes  submission_distill.csv: each test photo, the mean of five networks x eig
 Expect  0.98422 public and 0.98135 private at Kaggle (published).
 """
 
-from utils import N_FOLDS, make_parser, parse_args
+from utils import make_prediction_parser, output_name, parse_args
 
 if __name__ == "__main__":  # before the imports that take seconds: a typo should not wait for them
-    ARGS = parse_args(make_parser(__doc__, log_dir="logs_submit_distill"))
+    ARGS = parse_args(make_prediction_parser(__doc__, log_dir="logs_submit_distill"))
 
 from dataset import read_test
 from harness.console import say
 from harness.files import write_csv
-from harness.prediction import prepare_prediction, stopping_cleanly
-from inference import load_networks, predict_test
+from harness.prediction import stopping_cleanly
+from inference import load_trained, predict_test
 
 
 def main(args):
-    checkpoints = prepare_prediction(args, N_FOLDS)
-    submission = predict_test(args, load_networks(args, checkpoints), *read_test(args))
-    write_csv("submission_distill.csv", submission)
-    say(f"wrote submission_distill.csv: {len(submission)} rows")
+    _, networks = load_trained(args)
+    submission = predict_test(args, networks, *read_test(args))
+    name = output_name("submission_distill.csv", args.limit)
+    write_csv(name, submission)
+    say(f"wrote {name}: {len(submission)} rows")
 
 
 if __name__ == "__main__":

@@ -8,37 +8,36 @@ Writes  soft_labels.csv: each training photo, by the network that has not seen i
 Expect  the out-of-fold AUC; 0.97988 public and 0.98108 private at Kaggle for submission.csv (published).
 """
 
-from utils import CLASSES, N_FOLDS, column_aucs, make_parser, mean_auc, parse_args
+from utils import CLASSES, describe_aucs, make_prediction_parser, output_name, parse_args
 
 if __name__ == "__main__":  # before the imports that take seconds: a typo should not wait for them
-    ARGS = parse_args(make_parser(__doc__))
+    ARGS = parse_args(make_prediction_parser(__doc__))
 
-from dataset import read_test
+from dataset import read_test, read_train
 from harness.console import say
 from harness.files import write_csv
 from harness.log_dir import read_folds
-from harness.prediction import prepare_prediction, stopping_cleanly
-from harness.tables import read_train_csv
-from inference import load_networks, predict_out_of_fold, predict_test
+from harness.prediction import stopping_cleanly
+from inference import load_trained, predict_out_of_fold, predict_test
 
 
 def main(args):
-    checkpoints = prepare_prediction(args, N_FOLDS)
-    train = read_train_csv(args.data_dir, CLASSES)
+    _, networks = load_trained(args)
+    train = read_train(args)
     folds = read_folds(args.log_dir, train["image_id"])
     test = read_test(args)  # now, or what is wrong with it would be said after a long prediction
-    networks = load_networks(args, checkpoints)
 
     soft_labels = predict_out_of_fold(args, train, folds, networks)
-    write_csv("soft_labels.csv", soft_labels)
+    name = output_name("soft_labels.csv", args.limit)
+    write_csv(name, soft_labels)
     known = train[train["image_id"].isin(soft_labels["image_id"])]
-    compared = known[list(CLASSES)], soft_labels[list(CLASSES)]
-    columns = ", ".join(f"{name} {auc:.4f}" for name, auc in zip(CLASSES, column_aucs(*compared), strict=True))
-    say(f"wrote soft_labels.csv: out-of-fold AUC {mean_auc(*compared):.5f} ({columns})")
+    aucs = describe_aucs(known[list(CLASSES)], soft_labels[list(CLASSES)])
+    say(f"wrote {name}: out-of-fold AUC {aucs}")
 
     submission = predict_test(args, networks, *test)
-    write_csv("submission.csv", submission)
-    say(f"wrote submission.csv: {len(submission)} rows")
+    name = output_name("submission.csv", args.limit)
+    write_csv(name, submission)
+    say(f"wrote {name}: {len(submission)} rows")
 
 
 if __name__ == "__main__":

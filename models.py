@@ -15,7 +15,6 @@ from harness.devices import gather
 from utils import CLASSES, derive_seed, mean_auc
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LEARNING_RATE, LOWEST_LEARNING_RATE = 1e-3, 1e-5
 
 # ---------------------------------------------------------------------------------------------- the network
 
@@ -85,12 +84,12 @@ class LeafNet(nn.Module):
 
 # ---------------------------------------------------------------------------------------------- learning
 
-SCHEDULES = {  # the learning rate, stepped once an epoch, by the name that --lr_schedule takes
+SCHEDULES = {  # the learning rate, stepped once an epoch, from a highest to a hundredth of it, by its name
     # restarts every 10 epochs (SGDR, arXiv 1608.03983), as the original's code had it
-    "cosine": lambda optimizer: CosineAnnealingWarmRestarts(optimizer, T_0=10, eta_min=LOWEST_LEARNING_RATE),
+    "cosine": lambda optimizer, highest: CosineAnnealingWarmRestarts(optimizer, T_0=10, eta_min=highest / 100),
     # five epochs up and five down (arXiv 1506.01186), as its write-up draws it
-    "triangular": lambda optimizer: CyclicLR(
-        optimizer, LOWEST_LEARNING_RATE, LEARNING_RATE, step_size_up=5, step_size_down=5, cycle_momentum=False
+    "triangular": lambda optimizer, highest: CyclicLR(
+        optimizer, highest / 100, highest, step_size_up=5, step_size_down=5, cycle_momentum=False
     ),
 }
 
@@ -102,13 +101,13 @@ class LeafModule(pl.LightningModule):
     those of the best epoch that begin with "val_" are in results.csv too. Raises InputError for an unknown schedule.
     """
 
-    def __init__(self, network, lr_schedule="cosine", seed=0):
+    def __init__(self, network, lr_schedule, learning_rate, seed):
         super().__init__()
         if lr_schedule not in SCHEDULES:
             raise InputError(f"--lr_schedule {lr_schedule}: models.py has {', '.join(SCHEDULES)}")
         self.network = network.to(memory_format=torch.channels_last)
-        self.lr_schedule, self.seed = lr_schedule, seed
-        self.validated = []
+        self.lr_schedule, self.learning_rate, self.seed = lr_schedule, learning_rate, seed
+        self.validated, self.last_validation = [], None
 
     def loss(self, logits, labels, reduction="mean"):
         """Cross entropy against a probability vector: logits and labels (n, 4) → a number, or (n,) for "none"."""
@@ -117,8 +116,8 @@ class LeafModule(pl.LightningModule):
     def configure_optimizers(self):
         # Fused is faster on the CPU; on GPUs it would bar gradient clipping under fp16's loss scaling.
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=self.device.type == "cpu")
-        schedule = SCHEDULES[self.lr_schedule](optimizer)
+        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, fused=self.device.type == "cpu")
+        schedule = SCHEDULES[self.lr_schedule](optimizer, self.learning_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
 
     # Lightning's own clipping refuses a fused optimizer under bf16, for the sake of a loss scaler that is not there.
@@ -144,7 +143,12 @@ class LeafModule(pl.LightningModule):
 
     def on_validation_epoch_end(self):
         # all images of all devices, in the order of their rows, or the sums would depend on the number of devices
-        _, probabilities, losses, labels = gather(self.validated)
-        self.validated = []
+        rows, probabilities, losses, labels = gather(self.validated)
+        self.validated, self.last_validation = [], (rows, probabilities)
         self.log("val_loss", float(losses.mean(dtype=np.float64)), prog_bar=True)
         self.log("val_roc_auc", mean_auc(labels, probabilities), prog_bar=True)
+
+    def on_save_checkpoint(self, checkpoint):
+        # out_of_fold.csv is made of these when the fold is finished
+        rows, probabilities = self.last_validation
+        checkpoint["validation"] = {"row": torch.from_numpy(rows), "probabilities": torch.from_numpy(probabilities)}

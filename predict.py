@@ -9,12 +9,12 @@ Writes  predictions.csv: each photo as it was named, and the mean probabilities 
 Expect  the same as a table. A photo that cannot be read is named on stderr and left out; the exit status is then 1.
 """
 
-from utils import CLASSES, N_FOLDS, make_parser, parse_args
+from utils import CLASSES, make_prediction_parser, parse_args
 
 
-def make_prediction_parser():
+def make_photo_parser():
     """What predict.py takes."""
-    parser = make_parser(__doc__)
+    parser = make_prediction_parser(__doc__)
     parser.add_argument("photos", nargs="+", metavar="PHOTO|FOLDER", help="what to classify")
     add = parser.add_argument_group("new photos").add_argument
     add("--tta", action="store_true", help="mean of augmented views, as in steps 2 and 4: slower, a little better")
@@ -24,7 +24,7 @@ def make_prediction_parser():
 
 
 if __name__ == "__main__":  # before the imports that take seconds: a typo should not wait for them
-    ARGS = parse_args(make_prediction_parser())
+    ARGS = parse_args(make_photo_parser())
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -39,8 +39,8 @@ from dataset import LeafDataset, load_photo, train_augmentation
 from harness.console import InputError, say, stop_cleanly
 from harness.files import atomic_write, make_folder, write_csv
 from harness.photos import read_photo
-from harness.prediction import predict, prepare_prediction
-from inference import TTA_DRAWS, load_networks
+from harness.prediction import predict
+from inference import load_trained
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".jp2"}  # what is a photo in a folder
 AT_ONCE = 256  # photos in memory
@@ -90,7 +90,7 @@ def classify(args, networks, images, names):
     images: list of uint8 (height, width, 3). `names` seed the views as image_ids do, so that a test photo sees the same
     ones as in steps 2 and 4.
     """
-    draws = TTA_DRAWS if args.tta else 1
+    draws = args.tta_draws if args.tta else 1
     data = LeafDataset(images, names, augmentation=train_augmentation() if args.tta else None, seed=args.seed)
     keys = [(fold, draw, row) for fold in networks for row in range(len(images)) for draw in range(draws)]
     probabilities = predict(networks, data, keys, args, f"{len(images)} photos x {draws} x {len(networks)}")
@@ -109,7 +109,7 @@ def main(args):
     if Path(args.output).is_dir():
         raise InputError(f"--output {args.output} is a folder: name a file")
     paths, empty = find_photos(args.photos)
-    networks = load_networks(args, prepare_prediction(args, N_FOLDS))
+    _, networks = load_trained(args)
     if args.heat_maps is not None:
         make_folder(args.heat_maps)
 

@@ -9,7 +9,7 @@ Expect  a progress bar an epoch; 70 epochs a fold. After an interruption the sam
         not trained again, an unfinished one continues after its last epoch that was kept.
 """
 
-from utils import CLASSES, N_FOLDS, derive_seed, make_training_parser, parse_args, split_folds
+from utils import CLASSES, N_FOLDS, derive_seed, describe_aucs, make_training_parser, parse_args, split_folds
 
 if __name__ == "__main__":  # before the imports that take seconds: a typo should not wait for them
     ARGS = parse_args(make_training_parser(__doc__))
@@ -22,10 +22,20 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from dataset import EpochSampler, LeafDataset, cached_photos, make_loader, mix_labels, train_augmentation
+from dataset import (
+    EpochSampler,
+    LeafDataset,
+    cached_photos,
+    fit_photo,
+    make_loader,
+    mix_labels,
+    read_train,
+    train_augmentation,
+)
+from harness.console import say
 from harness.photos import CachedImages
 from harness.run import Run
-from harness.tables import read_probabilities, read_train_csv
+from harness.tables import read_probabilities
 from harness.weights import find_weights, load_backbone_weights
 from models import LeafModule, LeafNet
 
@@ -43,13 +53,13 @@ class TrainingData:
 
 def read_training_data(args, run):
     """Labels, hard or mixed with soft ones, folds and photos. Raises InputError with all that is wrong with them."""
-    train = read_train_csv(args.data_dir, CLASSES)
+    train = read_train(args)
     hard_labels = labels = train[list(CLASSES)].to_numpy(np.float32)
     if args.soft_labels_filename is not None:
         soft = read_probabilities(args.soft_labels_filename, CLASSES, train["image_id"])
-        labels = mix_labels(hard_labels, soft[list(CLASSES)].to_numpy())
-    folds = split_folds(len(train), args.seed)
-    run.check(folds, hard_labels, CLASSES)
+        labels = mix_labels(hard_labels, soft[list(CLASSES)].to_numpy(), args.soft_share)
+    folds = split_folds(len(train), args.seed if args.fold_seed is None else args.fold_seed)
+    run.check(folds, hard_labels)
     images = cached_photos(args, "train", train["image_id"])
     return TrainingData(train["image_id"], folds, hard_labels, labels, images)
 
@@ -61,7 +71,7 @@ def make_module(args, fold, weights):
     network = LeafNet(args.backbone)
     if weights is not None:
         load_backbone_weights(network.backbone, weights)
-    return LeafModule(network, args.lr_schedule, seed)
+    return LeafModule(network, args.lr_schedule, args.learning_rate, seed)
 
 
 def make_loaders(args, fold, data, rank, world_size, pin_memory):
@@ -86,7 +96,7 @@ def train_fold(args, fold, data, weights, run):
         f"fold={fold}-" + "epoch={epoch}-val_loss={val_loss:.4f}-val_roc_auc={val_roc_auc:.4f}",
         monitor="val_roc_auc",
         mode="max",
-        save_top_k=6,
+        save_top_k=args.keep_checkpoints,
         save_weights_only=True,
         save_on_train_epoch_end=True,
         auto_insert_metric_name=False,
@@ -104,12 +114,17 @@ def train_fold(args, fold, data, weights, run):
 
 
 def main(args):
-    run = Run(args, N_FOLDS)
+    run = Run(args, N_FOLDS, CLASSES)
     data = read_training_data(args, run)
     weights = find_weights(args.weights, args.backbone)
-    make_module(args, args.folds[0], weights)  # what does not fit together is told now, not after the start
-    with run.begin(data, weights):
-        run.train_folds(lambda fold: train_fold(args, fold, data, weights, run), data.image_ids)
+    module = make_module(args, args.folds[0], weights)  # what does not fit together is told now, not after the start
+    with run.begin(data, weights, predicts_with=(fit_photo, LeafNet)):
+        run.describe(module, data.folds)
+        run.train_folds(lambda fold: train_fold(args, fold, data, weights, run))
+        if run.is_writer:
+            rows, probabilities = run.collect_out_of_fold()
+            aucs = describe_aucs(data.hard_labels[rows], probabilities)
+            say(f"out-of-fold AUC of {len(rows)} photos: {aucs}; written as {args.log_dir}/out_of_fold.csv")
 
 
 if __name__ == "__main__":

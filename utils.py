@@ -40,6 +40,13 @@ def positive_number(text):
     return value
 
 
+def share(text):
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
 def pixels(text):
     value = int(text)
     if value < 32:
@@ -86,17 +93,26 @@ def make_training_parser(doc):
 
     add = parser.add_argument_group("what is trained").add_argument
     add("--weights", default="imagenet", help="where the backbone starts: imagenet, none (from scratch) or a file")
-    add("--soft_labels_filename", metavar="CSV", help="train on 0.7 x hard + 0.3 x these labels")
+    add("--soft_labels_filename", metavar="CSV", help="train on hard labels mixed with these soft labels")
+    add("--limit", type=positive, metavar="N", help="a quick look: N labelled photos and N test photos only")
+    add("--soft_share", type=share, default=0.3, help="of the soft labels in the mix, the rest is the hard label's")
     add("--seed", type=not_negative, default=2020, help="of folds, head, order and augmentation")
+    add(
+        "--fold_seed",
+        type=not_negative,
+        help="of the folds, where it is to differ from --seed: other seeds, same folds",
+    )
 
     add = parser.add_argument_group("how it is trained").add_argument
     add("--max_epochs", type=positive, default=70, help="epochs a fold")
     add("-tbs", "--train_batch_size", type=positive, default=32, help="photos a step, over all devices together")
     add("--accumulate_grad_batches", type=positive, default=1, metavar="N", help="split each batch into N parts")
+    add("--learning_rate", type=positive_number, default=1e-3, help="the highest; the lowest is a hundredth of it")
     add(
         "--lr_schedule", default="cosine", metavar="NAME", help="cosine (restarts) or triangular (the write-up's cycle)"
     )
     add("--gradient_clip_val", type=positive_number, default=1.0, help="the longest gradient")
+    add("--keep_checkpoints", type=positive, default=6, metavar="N", help="the best so many epochs of each fold")
 
     add = parser.add_argument_group("several devices").add_argument
     add("--num_nodes", type=positive, default=1, metavar="N", help="machines that torchrun or srun has started this on")
@@ -105,6 +121,16 @@ def make_training_parser(doc):
     add = parser.add_argument_group("what is there already").add_argument
     add("--fresh", action="store_true", help="start over: delete what the named folds left in LOG_DIR")
     add("--accept_changes", action="store_true", help="go on in LOG_DIR though options or source files have changed")
+    return parser
+
+
+def make_prediction_parser(doc, log_dir="logs"):
+    """What steps 2 and 4, predict.py and error_analysis.py take."""
+    parser = make_parser(doc, log_dir)
+    add = parser.add_argument_group("how it is predicted").add_argument
+    add("--tta_draws", type=positive, default=8, metavar="N", help="augmented views of each test photo (TTA)")
+    add("--accept_changes", action="store_true", help="predict though the network or fit_photo was edited since")
+    parser.set_defaults(limit=None)  # as the training had it
     return parser
 
 
@@ -117,13 +143,18 @@ def parse_args(parser, argv=None):
     unset = object()
     blank = argparse.Namespace(**{action.dest: unset for action in parser._actions if action.dest != "help"})
     args = parser.parse_args(argv, namespace=blank)
-    args.typed = {name for name, value in vars(args).items() if value is not unset}
+    args.typed = {action.dest for action in parser._actions if getattr(args, action.dest, unset) is not unset}
     for name, value in vars(args).items():
         if value is unset:
             setattr(args, name, parser.get_default(name))
     if hasattr(args, "folds"):
         args.folds = sorted(set(args.folds))
     return args
+
+
+def output_name(name, limit):
+    """The name of a CSV file that a step writes: with --limit another one, so that no full result is overwritten."""
+    return name if limit is None else name.replace(".csv", f"-limit={limit}.csv")
 
 
 # ---------------------------------------------------------------------------------------------- seeds and folds
@@ -166,6 +197,12 @@ def column_aucs(labels, probabilities):
             for truth, score in zip(labels.T, np.asarray(probabilities).T, strict=True)
         ]
     )
+
+
+def describe_aucs(labels, probabilities):
+    """The mean column-wise AUC and those of the classes, as text; arguments as of mean_auc."""
+    columns = zip(CLASSES, column_aucs(labels, probabilities), strict=True)
+    return f"{mean_auc(labels, probabilities):.5f} ({', '.join(f'{name} {auc:.4f}' for name, auc in columns)})"
 
 
 def mean_auc(labels, probabilities):

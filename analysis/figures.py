@@ -14,16 +14,10 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix, roc_curve
 
 from dataset import LeafDataset, fit_photo, train_augmentation
-from inference import TTA_DRAWS
 from utils import CLASSES, column_aucs
 
-COLOURS = (
-    "#009e73",
-    "#cc79a7",
-    "#d55e00",
-    "#0072b2",
-    "#8a7a00",
-)  # for classes and folds; told apart by the colour-blind
+# For classes and folds; the colour-blind can tell them apart.
+COLOURS = ("#009e73", "#cc79a7", "#d55e00", "#0072b2", "#8a7a00")
 INK = "#010203"  # stands for the page's own text colour, light or dark
 STYLE = {f"{part}color": INK for part in ("text.", "axes.edge", "axes.label", "xtick.", "ytick.", "grid.")}
 STYLE |= {"grid.alpha": 0.2, "axes.grid": True, "axes.spines.top": False, "axes.spines.right": False}
@@ -123,24 +117,23 @@ def draw_epochs(metrics, column, label, dashed=None, best=None):
 
 
 def augmentation_parts(augmentation):
-    """The single operations of `train_augmentation()`, dict of name to transform."""
-    tone, blur, vertical_flip, horizontal_flip, geometry = augmentation.transforms
-    return {
-        "brightness": tone.transforms[0],
-        "contrast": tone.transforms[1],
-        "motion_blur": blur.transforms[0],
-        "median_blur": blur.transforms[1],
-        "gaussian_blur": blur.transforms[2],
-        "vertical_flip": vertical_flip,
-        "horizontal_flip": horizontal_flip,
-        "shift_scale_rotate": geometry,
-    }
+    """The single operations of an augmentation, however it is composed: dict of name to transform, in their order."""
+    parts, todo = {}, list(augmentation.transforms)
+    while todo:
+        transform = todo.pop(0)
+        if hasattr(transform, "transforms"):  # OneOf, Sequential, …
+            todo[:0] = transform.transforms
+            continue
+        name = re.sub("(?<=[a-z])(?=[A-Z])", " ", type(transform).__name__).lower()
+        same = sum(other.split(" #")[0] == name for other in parts)
+        parts[f"{name} #{same + 1}" if same else name] = transform
+    return parts
 
 
 def augmentation_pictures(photo):
     """One draw of each part of the training augmentation, and three of the whole: list of (title, uint8 (h, w, 3))."""
     whole = train_augmentation()
-    parts = {name.replace("_", " "): transform for name, transform in augmentation_parts(whole).items()}
+    parts = augmentation_parts(whole)
     pictures = [("the photo", photo)]
     for seed, (title, transform) in enumerate([*parts.items(), *[("all together", whole)] * 3]):
         transform.set_random_state(np.random.default_rng(seed + 1), random.Random(seed + 1))
@@ -149,7 +142,7 @@ def augmentation_pictures(photo):
     return pictures
 
 
-def tta_views(photo, image_id, fold, seed, image_size):
-    """The data set of a photo's eight views under test-time augmentation, resized to `image_size`, and their keys."""
-    views = LeafDataset([fit_photo(photo, image_size)], [image_id], augmentation=train_augmentation(), seed=seed)
-    return views, [(fold, draw, 0) for draw in range(TTA_DRAWS)]
+def tta_views(photo, image_id, fold, args, image_size):
+    """The data set of a photo's views under test-time augmentation, resized to `image_size`, and their keys."""
+    views = LeafDataset([fit_photo(photo, image_size)], [image_id], augmentation=train_augmentation(), seed=args.seed)
+    return views, [(fold, draw, 0) for draw in range(args.tta_draws)]

@@ -33,9 +33,9 @@ class WholeCheckpoints(TorchCheckpointIO):
 class EpochLog(pl.Callback):
     """One row an epoch, as CSV (LOG_DIR/metrics/fold=K.csv) and for TensorBoard (LOG_DIR/metrics/fold=K/)."""
 
-    def __init__(self, log_dir, fold):
+    def __init__(self, log_dir, fold, n_folds_left=1):
         self.path, self.fold = Path(log_dir) / "metrics" / f"fold={fold}.csv", fold
-        self.rows = []
+        self.rows, self.seconds, self.n_folds_left = [], [], n_folds_left
 
     def on_fit_start(self, trainer, module):
         if trainer.is_global_zero:
@@ -68,6 +68,29 @@ class EpochLog(pl.Callback):
         if trainer.progress_bar_callback is None:
             values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             say(f"fold {self.fold}, epoch {trainer.current_epoch} of {trainer.max_epochs}: {values}, lr {self.lr:.2g}")
+        self.foresee_end(trainer)
+
+    def foresee_end(self, trainer):
+        """After two epochs, say when the fold and all that follow it will be done."""
+        self.seconds.append(self.rows[-1]["seconds"])
+        if len(self.seconds) == 2 and trainer.max_epochs > len(self.rows):
+            epoch = self.seconds[-1]  # the first one warms up
+            left = (trainer.max_epochs - len(self.rows)) * epoch
+            text = f"fold {self.fold}: {epoch:.0f} s an epoch, done in about {duration(left)}"
+            more = (self.n_folds_left - 1) * trainer.max_epochs * epoch
+            say(text + (f", all {self.n_folds_left} folds in about {duration(left + more)}" if more else ""))
+
+
+def duration(seconds):
+    """Seconds as people say it."""
+    minutes = round(seconds / 60)
+    return (
+        f"{minutes // 60} h {minutes % 60} min"
+        if minutes >= 60
+        else f"{minutes} min"
+        if minutes
+        else f"{seconds:.0f} s"
+    )
 
 
 class LossNotFinite(Exception):

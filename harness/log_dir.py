@@ -1,5 +1,6 @@
 """The log directory: what a run was started with, and what its folds have left."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -7,21 +8,24 @@ import pandas as pd
 import yaml
 
 from harness.console import InputError, say
-from harness.files import atomic_write, lock_file, remove, remove_leftovers, sha256, write_csv
+from harness.files import atomic_write, lock_file, remove, remove_leftovers, write_csv
+from harness.sources import digest, read_source, show_changes, training_sources, whole_diff
 
 # Options that change no result by themselves: what they name is compared by its content, or not at all.
 FREE_OPTIONS = {"folds", "num_workers", "cache_dir", "val_batch_size", "data_dir", "log_dir", "gpus", "cpu_processes"}
-FREE_OPTIONS |= {"weights", "soft_labels_filename", "num_nodes", "parallel_folds"}
+FREE_OPTIONS |= {"weights", "soft_labels_filename", "num_nodes", "parallel_folds", "fold_seed"}
 # What the folds of one log directory must share: without it their predictions cannot be put together.
-COMMON = {"image_size", "backbone", "seed", "train.csv", "the photos"}
+COMMON = {"image_size", "backbone", "seed", "limit", "train.csv", "the photos", "the folds"}
+FORMAT = 2  # of the log directory; raise it when an older one cannot be continued
 FREE_IN_PREDICTION = FREE_OPTIONS - {"weights", "soft_labels_filename"} | {"precision", "devices"}
 FOLDERS = ("data_dir", "cache_dir")
 
 
-def open_log_dir(args, n_folds, image_ids, folds, fingerprints, devices):
-    """Write hparams.yaml and folds.csv of a new run, or compare with the run that is there already.
+def open_log_dir(args, n_folds, image_ids, folds, fingerprints, definitions, sources, devices):
+    """Write hparams.yaml, folds.csv and source/ of a new run, or compare with the run that is there already.
 
-    image_ids, folds: the rows of train.csv and their folds; fingerprints: dict of input name to SHA-256; devices: text.
+    image_ids, folds: the rows of train.csv and their folds; fingerprints: dict of input name to SHA-256; definitions:
+    the same of what the networks need to predict as they were trained; sources: dict of file name to text; devices: text.
     args.fresh deletes what the folds of args have left, once nothing speaks against the start; args.accept_changes goes
     on in spite of other options, inputs or source files, and records them.
     Returns locks on the folds of args, to be held while they are trained. Raises InputError if another process trains
@@ -36,8 +40,11 @@ def open_log_dir(args, n_folds, image_ids, folds, fingerprints, devices):
         locks, others_in_work = lock_folds(log_dir, args.folds, n_folds)
         removed = args.folds if args.fresh else []
         stays = [fold for fold in range(n_folds) if any(log_dir.glob(f"fold={fold}-*.ckpt")) and fold not in removed]
-        record = {"options": options, "fingerprints": fingerprints}
-        changes = []
+        folds_text = "".join(f"{image_id},{fold}\n" for image_id, fold in zip(image_ids, folds, strict=True))
+        fingerprints = fingerprints | definitions | {"the folds": hashlib.sha256(folds_text.encode()).hexdigest()}
+        fingerprints |= {name: digest(text) for name, text in sources.items()}
+        record = {"format": FORMAT, "options": options, "fingerprints": fingerprints}
+        common, changes = COMMON | set(definitions), []
         if stays and not path.exists():
             raise InputError(
                 f"{path} is missing, so nobody knows how fold {' '.join(map(str, stays))} was trained: "
@@ -45,13 +52,19 @@ def open_log_dir(args, n_folds, image_ids, folds, fingerprints, devices):
             )
         if path.exists() and (stays or others_in_work):
             before = read_hparams(log_dir)
+            if before.get("format") != FORMAT:
+                raise InputError(
+                    f"{log_dir} was begun by another version of this repository, so what was edited since cannot be "
+                    f"told: use another --log_dir, or train all anew with --fresh --folds {all_folds}"
+                )
             changes = list_changes(before, options, fingerprints)
             record["accepted_changes"] = before.get("accepted_changes", []) + list(changes.values())
-        if changes and (not args.accept_changes or COMMON & set(changes)):
+        if changes and (not args.accept_changes or common & set(changes)):
             raise InputError(
                 f"{log_dir} holds folds that were trained differently: {'; '.join(changes.values())}. "
                 f"Use another --log_dir, train all anew with --fresh --folds {all_folds}"
-                + ("" if COMMON & set(changes) else ", or keep what is there with --accept_changes")
+                + ("" if common & set(changes) else ", or keep what is there with --accept_changes")
+                + show_changes(read_kept_sources(log_dir), sources, changes)
             )
         for fold in args.folds:
             remove_leftovers(log_dir, f"fold={fold}-*.ckpt")
@@ -60,12 +73,34 @@ def open_log_dir(args, n_folds, image_ids, folds, fingerprints, devices):
         for fold in removed:  # before the new record is there, or a kill in between would pass old results off as new
             remove_fold(log_dir, fold)
         if changes or not path.exists() or not (stays or others_in_work):
+            keep_sources(log_dir, sources, changes if stays or others_in_work else None)
             with atomic_write(path, "w") as file:
                 yaml.safe_dump(record, file, sort_keys=False)
         write_csv(log_dir / "folds.csv", pd.DataFrame({"image_id": image_ids, "fold": folds}))
         if changes:
             say(f"note: going on in {log_dir} in spite of: {'; '.join(changes.values())}")
     return locks
+
+
+def read_kept_sources(log_dir):
+    """The recipe as it was when the log directory was begun, LOG_DIR/source/: dict of file name to text."""
+    folder = Path(log_dir) / "source"
+    return {path.relative_to(folder).as_posix(): read_source(path) for path in folder.rglob("*.py")}
+
+
+def keep_sources(log_dir, sources, changes):
+    """Write LOG_DIR/source/ of a new run (changes: None), or beside it what was accepted later, as a numbered diff."""
+    folder = Path(log_dir) / "source"
+    if changes is None:
+        for path in [*folder.rglob("*.py"), *folder.glob("accepted-*.diff")]:
+            remove(path)
+        for name, text in sources.items():
+            with atomic_write(folder / name, "w") as file:
+                file.write(text)
+    elif set(changes) & set(sources):
+        number = len(list(folder.glob("accepted-*.diff"))) + 1
+        with atomic_write(folder / f"accepted-{number}.diff", "w") as file:
+            file.write(whole_diff(read_kept_sources(log_dir), sources))
 
 
 def lock_folds(log_dir, folds, n_folds):
@@ -133,10 +168,15 @@ def result_path(log_dir, fold):
     return Path(log_dir) / "metrics" / f"fold={fold}" / "result.csv"
 
 
+def out_of_fold_path(log_dir, fold):
+    """Where a finished fold leaves its part of out_of_fold.csv."""
+    return result_path(log_dir, fold).with_name("out_of_fold.csv")
+
+
 def check_sources(log_dir, sources):
     """Raise InputError if `sources`, dict of name to path, are not those that log_dir's record names: edited meanwhile."""
     recorded = read_hparams(log_dir)["fingerprints"]
-    changed = [name for name, path in sources.items() if recorded.get(name) != sha256(path)]
+    changed = [name for name, path in sources.items() if recorded.get(name) != digest(read_source(path))]
     if changed:
         raise InputError(f"{', '.join(changed)}: changed since this training was started")
 
@@ -146,13 +186,16 @@ def resume_path(log_dir, fold):
     return Path(log_dir) / f"fold={fold}-last.ckpt"
 
 
-def finish_fold(log_dir, n_folds, fold, row, checkpoint):
-    """Record the result of a finished fold, then put results.csv together from all.
+def finish_fold(log_dir, n_folds, fold, best, last, checkpoint, out_of_fold):
+    """Record the result of a finished fold, then put results.csv and out_of_fold.csv together from all.
 
-    row: the log's row of its best epoch, dict; checkpoint: the name of that epoch's checkpoint.
+    best, last: the log's rows of its best and of its last epoch, dict; checkpoint: the name of the best epoch's;
+    out_of_fold: what that epoch's network made of the fold's own photos, DataFrame with image_id and a column a class.
     """
-    metrics = {name: value for name, value in row.items() if name.startswith("val_")}
-    result = {"fold": fold, "epoch": row["epoch"], **metrics, "checkpoint": checkpoint}
+    metrics = {name: value for name, value in best.items() if name.startswith("val_")}
+    of_last = {f"last_{name}": value for name, value in last.items() if name.startswith("val_")}
+    result = {"fold": fold, "epoch": best["epoch"], **metrics, **of_last, "checkpoint": checkpoint}
+    write_csv(out_of_fold_path(log_dir, fold), out_of_fold)
     write_csv(result_path(log_dir, fold), pd.DataFrame([result]))
     remove(resume_path(log_dir, fold))
     collect_results(log_dir, n_folds)
@@ -182,12 +225,20 @@ def is_finished(log_dir, fold):
 
 
 def collect_results(log_dir, n_folds):
-    """The results of all finished folds, DataFrame, a row a fold; also written as results.csv, for people."""
+    """The results of all finished folds, DataFrame, a row a fold; also written, for people, as results.csv.
+
+    The same of their out-of-fold predictions, image_id, fold and a column a class, as out_of_fold.csv.
+    """
     with lock_file(Path(log_dir) / ".hparams.lock"):
-        remove_leftovers(log_dir, "results.csv")
-        paths = [result_path(log_dir, fold) for fold in range(n_folds)]
-        results = pd.concat([read_own_csv(path) for path in paths if path.exists()], ignore_index=True)
+        for name in ("results.csv", "out_of_fold.csv"):
+            remove_leftovers(log_dir, name)
+        folds = [fold for fold in range(n_folds) if result_path(log_dir, fold).exists()]
+        results = pd.concat([read_own_csv(result_path(log_dir, fold)) for fold in folds], ignore_index=True)
         write_csv(Path(log_dir) / "results.csv", results)
+        parts = {fold: read_own_csv(out_of_fold_path(log_dir, fold), ("image_id",)) for fold in folds}
+        out_of_fold = pd.concat(parts, names=["fold", None]).reset_index("fold")
+        out_of_fold.insert(0, "image_id", out_of_fold.pop("image_id"))
+        write_csv(Path(log_dir) / "out_of_fold.csv", out_of_fold)
     return results
 
 
@@ -201,6 +252,26 @@ def read_results(log_dir, folds):
         folds = " ".join(map(str, missing))
         raise InputError(f"{log_dir}: fold {folds} has no result and checkpoint; run train.py --folds {folds} first")
     return pd.concat([read_own_csv(result_path(log_dir, fold)) for fold in folds], ignore_index=True)
+
+
+def check_definitions(args, definitions):
+    """Raise InputError unless the networks still predict as they were trained, or args.accept_changes.
+
+    definitions: dict of name to digest of what a prediction depends on, as given to open_log_dir.
+    """
+    record = read_hparams(args.log_dir)
+    changed = [name for name, value in definitions.items() if record["fingerprints"].get(name) != value]
+    if record.get("format") != FORMAT:
+        say(f"note: {args.log_dir} is of another version of this repository; edits since then cannot be told")
+    elif changed and args.accept_changes:
+        say(f"note: predicting in spite of edits since the training: {', '.join(changed)}")
+    elif changed:
+        sources = {name: read_source(path) for name, path in training_sources().items()}
+        raise InputError(
+            f"{', '.join(changed)}: edited since the networks of {args.log_dir} were trained, which would predict "
+            "something else now. Undo the edit, train anew, or predict all the same with --accept_changes"
+            + show_changes(read_kept_sources(args.log_dir), sources, sources)
+        )
 
 
 def adopt_run_options(args):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from harness.console import InputError, raise_all, say
 from harness.files import atomic_write, lock_file, remove_leftovers
+from harness.sources import definition_of
 
 # libjpeg's words, in simplejpeg's errors, for data that is lost or a decoder gone astray
 JPEG_DAMAGE = re.compile(
@@ -47,6 +48,11 @@ def decode_photo(path):
     if not len(content):
         raise BadPhoto("is empty (0 bytes)")
     check_jpeg(path, content)
+    return decode(content)
+
+
+def decode(content):
+    """The picture that a file holds, uint8 (height, width, 3), RGB; content: its bytes, uint8 (n,). Raises BadPhoto."""
     try:
         photo = cv2.imdecode(content, cv2.IMREAD_COLOR_RGB)
     except cv2.error as error:
@@ -86,45 +92,44 @@ def check_jpeg(path, content):
 class CachedImages:
     """The resized photos of a data set as one memory-mapped uint8 array (n, height, width, 3), RGB.
 
-    All processes share the pages of one file; a copy sent to a spawned worker opens the file again.
+    rows: those to take, if not all. All processes share the pages of one file; a copy sent to a spawned worker opens the
+    file again.
     """
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, rows=None):
+        self.path, self.rows = path, rows
         self.array = np.lib.format.open_memmap(path, mode="r")
 
     def __len__(self):
-        return len(self.array)
+        return len(self.array if self.rows is None else self.rows)
 
     def __getitem__(self, row):
-        return self.array[row]
+        return self.array[row if self.rows is None else self.rows[row]]
 
     def __reduce__(self):
-        return CachedImages, (self.path,)
+        return CachedImages, (self.path, self.rows)
 
 
-def cache_images(name, image_ids, data_dir, image_size, cache_dir, fit):
+def cache_images(name, image_ids, all_ids, data_dir, image_size, cache_dir, fit):
     """The photos `image_ids` of data_dir, decoded and resized once: CachedImages in the order of `image_ids`.
 
+    all_ids: those of the whole data set; if all are in a cache already, it is used, else one of `image_ids` is made.
     fit: the recipe's function of a photo and image_size, uint8 (height, width, 3) of any size to one of image_size.
-    The file is named after `name` ("train" or "test") and a key over the photos' names, sizes and times, so that a
-    changed photo, list or image size is built anew; it replaces the one built before of the same folder and size.
-    Raises InputError with all photos that are missing or cannot be decoded, or when the disk is full.
+    The file is named after `name` ("train" or "test") and a key over the photos' names, sizes and times and over what
+    `fit` does, so that a changed photo, list, size or `fit` is built anew; it replaces the one built before of the same
+    folder and size. Raises InputError with all photos that are missing or cannot be decoded, or when the disk is full.
     """
     folder = Path(data_dir).resolve() / "images"
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: the photos should be there")
-    paths = [folder / f"{image_id}.jpg" for image_id in image_ids]
-    key = sha256(cv2.__version__.encode())
-    for path in paths:
-        try:
-            stat = path.stat()
-            key.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-        except OSError:  # no cache has this key; decoding the photos will tell what is wrong with them
-            key.update(f"{path.name} cannot be found\n".encode())
-    family = f"{sha256(str(folder).encode()).hexdigest()[:8]}-{name}-{image_size[0]}x{image_size[1]}"
-    cache = Path(cache_dir) / f"{family}-{key.hexdigest()[:16]}.npy"
-    shape = (len(paths), *image_size, 3)
+    image_ids, all_ids = list(image_ids), list(all_ids)
+    if image_ids != all_ids:
+        whole = open_cache(*locate_cache(name, all_ids, folder, image_size, cache_dir, fit)[:2])
+        if whole is not None:
+            rows = {image_id: row for row, image_id in enumerate(all_ids)}
+            return CachedImages(whole.path, [rows[image_id] for image_id in image_ids])
+        name = f"{name}-limit={len(image_ids)}"
+    cache, shape, family = locate_cache(name, image_ids, folder, image_size, cache_dir, fit)
     images = open_cache(cache, shape)
     if images is not None:
         return images
@@ -135,11 +140,43 @@ def cache_images(name, image_ids, data_dir, image_size, cache_dir, fit):
         if cache.exists():
             say(f"note: {cache} is damaged; it is built anew")
         remove_leftovers(cache.parent, f"{family}-*.npy")
-        build_cache(cache, paths, shape, fit, f"decode {name} photos")
-        for stale in set(cache.parent.glob(f"{family}-*.npy")) - {cache}:
+        build_cache(cache, photo_paths(folder, image_ids), shape, fit, f"decode {name} photos")
+        for stale in set(cache.parent.glob(f"{family}-????????????????.npy")) - {cache}:
             with suppress(PermissionError):  # Windows: a running process still reads it
                 stale.unlink()
     return CachedImages(cache)
+
+
+def photo_paths(folder, image_ids):
+    return [folder / f"{image_id}.jpg" for image_id in image_ids]
+
+
+def locate_cache(name, image_ids, folder, image_size, cache_dir, fit):
+    """Path and shape of the cache of these photos, and what its name begins with, as of all that it would replace."""
+    key, paths = sha256(cv2.__version__.encode()), photo_paths(folder, image_ids)
+    for path in paths:
+        try:
+            stat = path.stat()
+            key.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        except OSError:  # no cache has this key; decoding the photos will tell what is wrong with them
+            key.update(f"{path.name} cannot be found\n".encode())
+    key.update(probe_fit(fit, paths[:: max(1, len(paths) // 2)], image_size))
+    family = f"{sha256(str(folder).encode()).hexdigest()[:8]}-{name}-{image_size[0]}x{image_size[1]}"
+    return Path(cache_dir) / f"{family}-{key.hexdigest()[:16]}.npy", (len(paths), *image_size, 3), family
+
+
+def probe_fit(fit, paths, image_size):
+    """What `fit` does, as bytes: its source, and what decoding and fitting make of some photos, as they are and turned.
+
+    The source alone would miss a helper or a constant that was edited, the photos a case that is not among them.
+    """
+    key = sha256(definition_of(fit).encode())
+    for path in paths:
+        with suppress(BadPhoto, OSError):  # reported when the cache is built
+            photo = decode(np.fromfile(path, np.uint8))
+            for turned in (photo, np.ascontiguousarray(photo.transpose(1, 0, 2))):
+                key.update(np.ascontiguousarray(fit(turned, tuple(image_size))).tobytes())
+    return key.digest()
 
 
 def open_cache(path, shape):

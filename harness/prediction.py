@@ -20,8 +20,8 @@ from tqdm import tqdm
 from harness.console import InputError, how_to_go_on, quiet_libraries, say, stop_cleanly
 from harness.devices import autocast, choose_device, choose_precision
 from harness.files import atomic_write, sha256
-from harness.log_dir import adopt_run_options, read_results
-from harness.sources import prediction_sources
+from harness.log_dir import adopt_run_options, check_definitions, read_results
+from harness.sources import definition_of, digest, prediction_sources, read_source
 from harness.weights import load_checkpoint
 
 # Pixels in one call of predict from which compiling (10 to 25 s on two cores) saves several times what it costs.
@@ -29,15 +29,16 @@ COMPILE_FROM = 200e6
 KEEP_EVERY = 60  # seconds: how much of a prediction is lost with a machine
 
 
-def prepare_prediction(args, n_folds):
+def prepare_prediction(args, n_folds, predicts_with):
     """What every prediction begins with: adopt the run's options, find and name the best checkpoint of each fold.
 
     Sets args.devices (list of torch.device), args.precision and args.fingerprint (a digest of the checkpoints and the
     source files); returns the checkpoints, DataFrame with fold and checkpoint. Raises InputError for a log directory
-    that is not complete.
+    that is not complete, or if one of the functions and classes `predicts_with` was edited since the training.
     """
     quiet_libraries()
     adopt_run_options(args)
+    check_definitions(args, {thing.__name__: digest(definition_of(thing)) for thing in predicts_with})
     checkpoints = read_results(args.log_dir, args.folds)
     if (args.cpu_processes or 1) > 1:
         raise InputError("--cpu_processes is for training; prediction uses all cores anyway")
@@ -45,7 +46,8 @@ def prepare_prediction(args, n_folds):
     args.precision = choose_precision(args.precision or "32", kind)  # as the original predicted
     args.devices = [torch.device(kind, index) for index in indices]
     files = [Path(args.log_dir) / name for name in checkpoints["checkpoint"]]
-    args.fingerprint = " ".join(map(sha256, [*files, *prediction_sources().values()]))
+    sources = [digest(read_source(path)) for path in prediction_sources().values()]
+    args.fingerprint = " ".join([*map(sha256, files), *sources])
     if len(checkpoints) < n_folds:
         say(f"note: by the networks of {len(checkpoints)} of {n_folds} folds only")
     say(f"{args.backbone} on {len(indices)} x {kind}, precision {args.precision}; from {args.log_dir}:")
@@ -116,7 +118,7 @@ class KeptPredictions:
         devices = (len(args.devices), args.devices[0].type, torch.get_num_threads())
         versions = [version(name) for name in ("torch", "albumentations", "opencv-python-headless", "numpy")]
         facts = repr((options, devices, versions, images.path.name, keys))
-        self.identity = np.array(hashlib.sha256(facts.encode()).hexdigest())
+        self.facts, self.identity = facts, np.array(hashlib.sha256(facts.encode()).hexdigest())
 
     def read(self):
         """The softmax of the first keys, float32 (m, k), m whole batches, or None if nothing was kept."""
@@ -132,7 +134,7 @@ class KeptPredictions:
 
     def write(self, probabilities):
         with atomic_write(self.path) as file:
-            np.savez(file, identity=self.identity, probabilities=probabilities)
+            np.savez(file, identity=self.identity, facts=self.facts, probabilities=probabilities)
 
 
 def predict(networks, dataset, keys, args, title, kept=None):

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 
@@ -21,10 +22,11 @@ from harness.log_dir import (
     finish_fold,
     is_finished,
     open_log_dir,
+    read_own_csv,
     remove_fold,
     resume_path,
 )
-from harness.sources import training_sources
+from harness.sources import definition_of, digest, read_source, training_sources
 from harness.weights import load_checkpoint
 
 TRAINER = {  # what pl.Trainer would do by itself, and what we do in its place or not at all
@@ -38,12 +40,13 @@ TRAINER = {  # what pl.Trainer would do by itself, and what we do in its place o
 class Run:
     """One start of train.py, as one of several processes or alone. Raises InputError for devices that do not fit.
 
-    args: the command line, whose precision is filled in; n_folds: how many there are in all.
+    args: the command line, whose precision is filled in; n_folds: how many there are in all; classes: their names.
     """
 
-    def __init__(self, args, n_folds):
+    def __init__(self, args, n_folds, classes):
         quiet_libraries()
-        self.args, self.n_folds = args, n_folds
+        self.args, self.n_folds, self.classes = args, n_folds, list(classes)
+        self.data, self.folds_left = None, []
         self.device, self.indices = choose_device(args.gpus, args.cpu_processes)
         args.precision = choose_precision(args.precision, self.device)
         self.one_of_several = launch.is_one_of_several_processes()
@@ -55,7 +58,7 @@ class Run:
         self.n_devices = 1 if args.parallel_folds else len(self.indices) * args.num_nodes
         self.is_writer = not launch.IS_LAUNCHED and is_first_process()  # of the record and of results.csv
 
-    def check(self, folds, labels, classes):
+    def check(self, folds, labels):
         """Raise InputError if the batch cannot be made, or a fold's AUC is undefined. folds: int (n,); labels: (n, k)."""
         batch, parts = self.args.train_batch_size, self.n_devices * self.args.accumulate_grad_batches
         smallest = len(folds) - np.bincount(folds).max()
@@ -70,17 +73,18 @@ class Run:
             positives = labels[folds == fold].sum(0)
             if (positives == (folds == fold).sum()).any():
                 raise InputError(f"fold {fold} holds photos of one class only: no AUC to choose a checkpoint by")
-            for name in np.array(classes)[positives == 0]:
+            for name in np.array(self.classes)[positives == 0]:
                 say(f"note: fold {fold} has no photo of {name}; its AUC is the mean of the other classes")
 
     @contextmanager
-    def begin(self, data, weights):
+    def begin(self, data, weights, predicts_with):
         """Meet the other processes, lock the folds, compare with what the log directory holds, and record this start.
 
-        data: has image_ids, folds and the cached images; weights: the file that the backbone starts from, or None.
+        data: has image_ids, folds and the cached images; weights: the file that the backbone starts from, or None;
+        predicts_with: the functions and classes that a prediction depends on, which must stay as they are.
         Raises InputError if another process trains one of the folds, or if the log directory holds other folds.
         """
-        args, locks, wait_for_all = self.args, [], None
+        args, locks, wait_for_all, self.data = self.args, [], None, data
         # First join: processes that do not fit together end here, before anything is written.
         if launch.IS_LAUNCHED:
             launch.end_with_launcher()
@@ -92,9 +96,12 @@ class Run:
         if self.is_writer:
             devices = f"{self.n_devices} x {self.device}"
             inputs = {"train.csv": Path(args.data_dir) / "train.csv", "the photos": data.images.path}
-            inputs |= {"weights": weights, "soft labels": args.soft_labels_filename} | training_sources()
+            inputs |= {"weights": weights, "soft labels": args.soft_labels_filename}
             fingerprints = {name: sha256(path) for name, path in inputs.items() if path is not None}
-            locks = open_log_dir(args, self.n_folds, data.image_ids, data.folds, fingerprints, devices)
+            definitions = {thing.__name__: digest(definition_of(thing)) for thing in predicts_with}
+            sources = {name: read_source(path) for name, path in training_sources().items()}
+            rows = args, self.n_folds, data.image_ids, data.folds
+            locks = open_log_dir(*rows, fingerprints, definitions, sources, devices)
             say(f"{args.backbone} from {weights or 'scratch'}, {devices}, precision {args.precision}")
         # The others wait, or they would read the log directory of before.
         if wait_for_all:
@@ -109,7 +116,20 @@ class Run:
             for lock in locks:
                 lock.release()
 
-    def train_folds(self, train_fold, image_ids):
+    def describe(self, module, folds):
+        """Say what will be trained: parameters, photos, epochs, and how a batch is made."""
+        args, n_photos = self.args, len(folds)
+        parts = [f"{self.n_devices} devices"] * (self.n_devices > 1)
+        parts += [f"{args.accumulate_grad_batches} parts"] * (args.accumulate_grad_batches > 1)
+        per_part = args.train_batch_size // self.n_devices // args.accumulate_grad_batches
+        batch = f"batches of {args.train_batch_size}" + (f" ({' x '.join([*parts, str(per_part)])})" if parts else "")
+        n_parameters = sum(parameter.numel() for parameter in module.network.parameters())
+        say(
+            f"{n_parameters:,} parameters; {n_photos} photos, a fold validates on {n_photos // self.n_folds} of them; "
+            f"{args.max_epochs} epochs a fold, {batch}"
+        )
+
+    def train_folds(self, train_fold):
         """Train the folds of the command line, here by `train_fold(fold)` or in other processes, and collect results."""
         args = self.args
         if args.parallel_folds:
@@ -119,12 +139,32 @@ class Run:
         elif len(self.indices) > 1 and not self.one_of_several:
             launch.launch_processes(len(self.indices))
         else:
+            self.folds_left = [fold for fold in args.folds if not is_finished(args.log_dir, fold)]
             for fold in args.folds:
-                self._train_unless_finished(fold, train_fold, image_ids)
+                self._train_unless_finished(fold, train_fold)
         if self.is_writer:
-            print(collect_results(args.log_dir, self.n_folds).to_string(index=False))
+            results = collect_results(args.log_dir, self.n_folds)
+            print(results.drop(columns=[name for name in results if name.startswith("last_")]).to_string(index=False))
+            self._summarise(results)
 
-    def _train_unless_finished(self, fold, train_fold, image_ids):
+    def _summarise(self, results):
+        """Say the mean of the folds' best epochs and that of their last ones."""
+        for name in [name for name in results if f"last_{name}" in results]:
+            best, last = (f"{results[of].mean():.4f} ± {results[of].std(ddof=0):.4f}" for of in (name, f"last_{name}"))
+            say(
+                f"{name} over {len(results)} folds: {best} in the best epochs, which is optimistic; {last} in the last ones"
+            )
+
+    def collect_out_of_fold(self):
+        """What the networks of the finished folds made of the photos that they have not seen, in their best epochs.
+
+        Returns row numbers of the data, int (m,), and softmax, float (m, k); they stand in LOG_DIR/out_of_fold.csv too.
+        """
+        frame = read_own_csv(Path(self.args.log_dir) / "out_of_fold.csv", ("image_id", *self.classes))
+        rows = {image_id: row for row, image_id in enumerate(self.data.image_ids)}
+        return np.array([rows[image_id] for image_id in frame["image_id"]]), frame[self.classes].to_numpy()
+
+    def _train_unless_finished(self, fold, train_fold):
         args, resume = self.args, resume_path(self.args.log_dir, fold)
         if is_finished(args.log_dir, fold):
             say(f"fold {fold} is finished already")
@@ -137,7 +177,7 @@ class Run:
             train_fold(fold)
         except LossNotFinite as error:
             raise InputError(
-                f"fold {fold} stopped: {error} for the batch of {', '.join(image_ids[error.rows])}. Look at these "
+                f"fold {fold} stopped: {error} for the batch of {', '.join(self.data.image_ids.iloc[error.rows])}. Look at these "
                 "photos and their labels; or go on with --accept_changes and --precision 32 or a smaller --gradient_clip_val"
             ) from error
         except torch.OutOfMemoryError as error:
@@ -159,7 +199,10 @@ class Run:
 
     def trainer_options(self, fold, best):
         """What pl.Trainer takes beside the recipe's settings. best: the ModelCheckpoint of this fold."""
-        args, log = self.args, EpochLog(self.args.log_dir, fold)
+        args, log = (
+            self.args,
+            EpochLog(self.args.log_dir, fold, len([left for left in self.folds_left if left >= fold])),
+        )
         callbacks = [OwnSignals(), StopIfNotFinite(), log, best, ResumePoint(args.log_dir, fold, log, best)]
         bar = sys.stdout.isatty()  # elsewhere a line an epoch is easier to read
         if bar:
@@ -183,7 +226,10 @@ class Run:
             (best,) = (callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint))
             name = Path(best.best_model_path).name
             row = log.rows[int(re.search(r"epoch=(\d+)", name).group(1))]
-            finish_fold(self.args.log_dir, self.n_folds, fold, row, name)
+            validation = load_checkpoint(best.best_model_path)["validation"]
+            out_of_fold = pd.DataFrame(validation["probabilities"].numpy(), columns=self.classes)
+            out_of_fold.insert(0, "image_id", self.data.image_ids.iloc[validation["row"].numpy()].to_numpy())
+            finish_fold(self.args.log_dir, self.n_folds, fold, row, log.rows[-1], name, out_of_fold)
 
     @staticmethod
     def stopping_cleanly(args):

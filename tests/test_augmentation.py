@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.figures import augmentation_parts
 from dataset import LeafDataset, train_augmentation
 from models import LeafNet
 from tools.generate_sample_data import render_leaf
@@ -27,7 +26,16 @@ ROUNDING = 1e-4  # of the figures
 
 augmentation = train_augmentation()
 brightness_or_contrast, blur, vertical_flip, horizontal_flip, geometry = augmentation.transforms
-TRANSFORMS = augmentation_parts(augmentation)
+TRANSFORMS = {
+    "brightness": brightness_or_contrast.transforms[0],
+    "contrast": brightness_or_contrast.transforms[1],
+    "motion_blur": blur.transforms[0],
+    "median_blur": blur.transforms[1],
+    "gaussian_blur": blur.transforms[2],
+    "vertical_flip": vertical_flip,
+    "horizontal_flip": horizontal_flip,
+    "shift_scale_rotate": geometry,
+}
 
 
 def draws(transform, image, n, seed=0):

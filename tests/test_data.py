@@ -35,7 +35,8 @@ def photos(tmp_path):
 
 
 def build(folder, ids=range(6), size=(16, 24)):
-    return cache_images("train", [f"Train_{i}" for i in ids], folder, size, folder / "cache", fit_photo)
+    ids = [f"Train_{i}" for i in ids]
+    return cache_images("train", ids, ids, folder, size, folder / "cache", fit_photo)
 
 
 # ---- CSV files: what satisfies the contract is read, what does not is refused. By name in test_faults.py, here at random
@@ -180,7 +181,7 @@ def test_soft_labels_are_joined_by_image_id_not_by_row(tmp_path):
     path.write_text(HEADER + "b,0.1,0.2,0.3,0.4\na,0.7,0.1,0.1,0.1\n")
     soft = read_probabilities(path, CLASSES, ["a", "b"])
     assert soft["image_id"].tolist() == ["a", "b"]
-    mixed = mix_labels(np.eye(4)[[0, 3]], soft[list(CLASSES)].to_numpy())
+    mixed = mix_labels(np.eye(4)[[0, 3]], soft[list(CLASSES)].to_numpy(), 0.3)
     np.testing.assert_allclose(mixed, [[0.91, 0.03, 0.03, 0.03], [0.03, 0.06, 0.09, 0.82]], atol=1e-7)
     assert mixed.dtype == np.float32
 

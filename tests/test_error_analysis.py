@@ -256,7 +256,7 @@ def test_the_page_has_every_picture_and_needs_no_network(analysed):
     assert "#all" in links and all(address.startswith(("#", "data:")) for address in links)
     assert not re.search(r"@import|url\((?!#)|fetch\(|import\(|XMLHttpRequest|WebSocket", page)
     assert page.count("<svg") == 6  # ROC, confusion, reliability, loss, AUC, learning rate
-    assert "shift scale rotate" in page and page.count("<figcaption>view ") == 8
+    assert "affine" in page and page.count("<figcaption>view ") == 8
 
 
 def test_examples_are_the_worst_errors_and_the_surest_successes():

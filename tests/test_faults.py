@@ -203,7 +203,7 @@ def test_submissions_that_do_not_match_are_not_blended(tmp_path, fault):
     (tmp_path / "soft.csv").write_bytes(HEADER + rows)
     (tmp_path / "mix.csv").write_text("older")
     options = Namespace(
-        submissions=[str(tmp_path / "first.csv"), str(tmp_path / "soft.csv")], output=tmp_path / "mix.csv"
+        limit=None, submissions=[str(tmp_path / "first.csv"), str(tmp_path / "soft.csv")], output=tmp_path / "mix.csv"
     )
     assert re.search(said, refusal(blend.main, options))
     assert (tmp_path / "mix.csv").read_text() == "older"
@@ -213,7 +213,7 @@ def test_a_submission_that_is_missing_or_a_folder_is_named(tmp_path):
     (tmp_path / "first.csv").write_bytes(HEADER + b"a,1,0,0,0\n")
     for name, said in (("none.csv", "none.csv does not exist; run the step"), ("", "cannot be read: Is a directory")):
         options = Namespace(
-            submissions=[str(tmp_path / "first.csv"), str(tmp_path / name)], output=tmp_path / "mix.csv"
+            limit=None, submissions=[str(tmp_path / "first.csv"), str(tmp_path / name)], output=tmp_path / "mix.csv"
         )
         assert said in refusal(blend.main, options)
 
@@ -223,7 +223,7 @@ def test_submissions_in_another_order_and_the_same_one_twice_are_blended(tmp_pat
     (tmp_path / "second.csv").write_bytes(HEADER + b"b,0,0,.5,.5\na,0,0,0,1\n")
     for second, expected in (("second", [[0.5, 0, 0, 0.5], [0.25] * 4]), ("first", [[1, 0, 0, 0], [0.5, 0.5, 0, 0]])):
         names = [str(tmp_path / f"{name}.csv") for name in ("first", second)]
-        blend.main(Namespace(submissions=names, output=str(tmp_path / "mix.csv")))
+        blend.main(Namespace(limit=None, submissions=names, output=str(tmp_path / "mix.csv")))
         mix = read_probabilities(tmp_path / "mix.csv", CLASSES)
         assert mix["image_id"].tolist() == ["a", "b"]
         np.testing.assert_array_equal(mix[list(CLASSES)].to_numpy(), expected)
@@ -428,7 +428,8 @@ def photos(tmp_path):
 
 
 def build(folder, size=(16, 24), n=N_PHOTOS, cache=None):
-    return cache_images("train", [f"Train_{i}" for i in range(n)], folder, size, cache or folder / "cache", fit_photo)
+    ids = [f"Train_{i}" for i in range(n)]
+    return cache_images("train", ids, ids, folder, size, cache or folder / "cache", fit_photo)
 
 
 def assert_right(images, folder, size=(16, 24)):
@@ -495,7 +496,8 @@ photos.decode_photo = decode_photo
 print("ready", flush=True)
 while not photos.Path("go").exists():
     time.sleep(0.01)
-images = photos.cache_images("train", ["Train_%d" % i for i in range(6)], folder, (16, 24), folder + "/cache", fit_photo)
+ids = ["Train_%d" % i for i in range(6)]
+images = photos.cache_images("train", ids, ids, folder, (16, 24), folder + "/cache", fit_photo)
 print(len(decoded), photos.sha256(images.array.tobytes()).hexdigest(), flush=True)
 """
 

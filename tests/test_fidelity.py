@@ -20,7 +20,7 @@ MODEL = json.loads((REFERENCE / "model.json").read_text())
 
 @pytest.fixture(scope="module")
 def network():
-    """The full-size network with the weights that the original was measured with (DESIGN section 1)."""
+    """The full-size network with the weights that the original was measured with, drawn one tensor after the other."""
     network = LeafNet()
     for j, (name, tensor) in enumerate(network.state_dict().items()):
         z = np.random.RandomState(2020 + j).standard_normal(tuple(tensor.shape))
@@ -74,7 +74,7 @@ def test_the_training_step_computes_the_originals_loss():
         def forward(self, images):
             return torch.tensor(fixed["logits"])
 
-    module = LeafModule(Given())
+    module = LeafModule(Given(), "cosine", 1e-3, 0)
     module.log = lambda *_, **__: None
     module.optimizers = lambda: torch.optim.SGD([torch.zeros(1)], lr=0)
     labels = torch.tensor(fixed["labels"])
@@ -133,7 +133,7 @@ def learning_rates(lr_schedule, max_epochs):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Watched(Tiny(), lr_schedule), loader)
+    trainer.fit(Watched(Tiny(), lr_schedule, 1e-3, 0), loader)
     return seen
 
 

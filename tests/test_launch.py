@@ -127,7 +127,7 @@ def test_a_source_file_edited_while_folds_are_trained_in_parallel_is_noticed(sam
     script = start_script(str(sources / "train.py"), "--data_dir", sample, *QUICK, *options, cwd=tmp_path, **ONE_THREAD)
     wait_until((tmp_path / "logs" / "metrics" / "fold=0.csv").exists, script)
     with open(sources / "models.py", "a") as file:
-        file.write("# another learning rate\n")
+        file.write("ANOTHER_RATE = 1e-2\n")
     assert script.wait() == 1
     assert "fold 1 | error: models.py: changed since this training was started" in script.stdout
     assert pd.read_csv(tmp_path / "logs" / "metrics" / "fold=0" / "result.csv")["fold"].tolist() == [0]

@@ -13,11 +13,10 @@ import generate_soft_labels
 from analysis.heat_maps import heat_maps
 from dataset import load_photo, read_test
 from harness.log_dir import read_folds
-from harness.prediction import prepare_prediction
 from harness.tables import read_train_csv
-from inference import load_networks, predict_out_of_fold, predict_test
+from inference import load_trained, predict_out_of_fold, predict_test
 from predict import find_photos
-from utils import CLASSES, N_FOLDS, make_parser, parse_args
+from utils import CLASSES, make_prediction_parser, parse_args
 
 
 def predict_photos(*photos, trained, cwd, check=True):
@@ -31,8 +30,8 @@ def predict_photos(*photos, trained, cwd, check=True):
 def run_of_fold_0(trained, tmp_path):
     """The arguments and networks that steps 2 and 4 would have of the trained fold."""
     options = ["--log_dir", str(trained / "logs"), "--cache_dir", str(tmp_path / "cache"), "--folds", "0"]
-    args = parse_args(make_parser(generate_soft_labels.__doc__), [*options, "--num_workers", "0"])
-    return args, load_networks(args, prepare_prediction(args, N_FOLDS))
+    args = parse_args(make_prediction_parser(generate_soft_labels.__doc__), [*options, "--num_workers", "0"])
+    return args, load_trained(args)[1]
 
 
 def test_a_training_photo_gets_its_out_of_fold_prediction(run_of_fold_0, trained, tmp_path):

@@ -19,7 +19,7 @@ import train
 from harness import callbacks, prediction
 from models import LeafModule
 from models import LeafNet
-from utils import make_parser, make_training_parser, parse_args
+from utils import make_prediction_parser, make_training_parser, parse_args
 
 script, moment, *sys.argv[1:] = sys.argv[1:]
 callbacks.RESUME_EVERY = prediction.KEEP_EVERY = 0
@@ -47,11 +47,11 @@ elif kind in ("half", "before", "after"):  # while, before or after a file with 
         die()
     os.replace = replace_or_die
 module = importlib.import_module(script)
-module.main(parse_args((make_training_parser if script == "train" else make_parser)("")))
+module.main(parse_args((make_training_parser if script == "train" else make_prediction_parser)("")))
 """
-# More epochs than the six whose checkpoints are kept: once with the real network, else with one that is quicker.
-REAL = ["--max_epochs", 7, "--folds", 0]
-LONG = ["--max_epochs", 8, "--folds", 0, "--backbone", "resnet18"]
+# More epochs than checkpoints are kept: once with the real network, else with one that is quicker.
+REAL = ["--max_epochs", 4, "--folds", 0, "--keep_checkpoints", 3]
+LONG = ["--max_epochs", 5, "--folds", 0, "--keep_checkpoints", 3, "--backbone", "resnet18"]
 TRIANGULAR = ["--max_epochs", 3, "--folds", 0, "--backbone", "resnet18", "--lr_schedule", "triangular"]
 SHORT = ["--max_epochs", 2, "--folds", 0, 1, "--backbone", "resnet18"]
 
@@ -97,10 +97,10 @@ def uninterrupted(sample, tmp_path_factory):
 @pytest.mark.parametrize(
     "moment, options, goes_on_after",
     [
-        ("epoch:6", REAL, 5),  # in the last epoch: some of the checkpoints written before are replaced already
+        ("epoch:3", REAL, 2),  # in the last epoch: some of the checkpoints written before are replaced already
         ("epoch:0", LONG, None),  # before the first epoch is kept
-        ("half:epoch=4", LONG, 3),  # a checkpoint half written
-        ("after:epoch=4", LONG, 3),  # a checkpoint written, the resume point not yet
+        ("half:epoch=3", LONG, 2),  # a checkpoint half written
+        ("after:epoch=3", LONG, 2),  # a checkpoint written, the resume point not yet
         ("half:last.ckpt", SHORT, None),  # the first resume point half written
         ("half:fold=0.csv", SHORT, None),  # the metrics half written
         ("before:result.csv", SHORT, 0),  # the fold trained, its result not written
@@ -121,7 +121,7 @@ def test_a_killed_training_goes_on_with_the_same_command_to_the_same_bytes(
     found = outcome(tmp_path)
     assert found == uninterrupted(options)
     checkpoints = [name for name in found if name.startswith("fold=0-") and name.endswith(".ckpt")]
-    assert len(checkpoints) == min(options[1], 6)
+    assert len(checkpoints) == min(options[1], 3)
     leftovers = [path.name for path in tmp_path.rglob(".*") if path.is_file() and not path.name.endswith(".lock")]
     assert not leftovers
 
@@ -192,7 +192,7 @@ def test_an_interrupted_prediction_keeps_what_it_has(trained, tmp_path):
 
 def test_a_moved_log_directory_still_knows_its_best_checkpoints(uninterrupted, sample, tmp_path):
     (tmp_path / "here").mkdir()
-    train_and_die("epoch:7", sample, tmp_path / "here", LONG)
+    train_and_die("epoch:4", sample, tmp_path / "here", LONG)
     (tmp_path / "here").rename(tmp_path / "there")
     train_and_die("never", sample, tmp_path / "there", LONG)
     assert outcome(tmp_path / "there") == uninterrupted(LONG)
@@ -246,7 +246,7 @@ def test_an_edited_source_file_is_noticed(trained, sample, tmp_path):
     train = [str(sources / "train.py"), "--data_dir", sample, *QUICK, "--folds", 0]
     assert "fold 0 is finished already" in run_script(*train, cwd=tmp_path / "run").stdout
     with open(sources / "dataset.py", "a") as file:
-        file.write("# another augmentation\n")
+        file.write("ANOTHER_AUGMENTATION = True\n")
     refused = run_script(*train, cwd=tmp_path / "run", check=False)
     assert refused.returncode == 1 and "dataset.py: changed" in refused.stderr and "finished" not in refused.stdout
 

@@ -10,9 +10,15 @@ import train
 from dataset import EpochSampler, LeafDataset
 from harness.console import InputError
 from harness.run import Run
-from utils import make_training_parser, parse_args, split_folds
+from utils import CLASSES, make_training_parser, parse_args, split_folds
 
 AUCS = [0.50, 0.80, 0.70, 0.95, 0.60, 0.90, 0.85, 0.75]  # scripted: the best of these eight epochs is the fourth
+
+
+def start(args, data):
+    run = Run(args, 5, CLASSES)
+    run.data = data
+    return run
 
 
 @pytest.fixture
@@ -52,7 +58,7 @@ def watched(monkeypatch, tmp_path):
         labels = np.eye(4, dtype=np.float32)[np.arange(20) % 4]
         ids = pd.Series([f"Train_{i}" for i in range(20)])
         data = train.TrainingData(ids, split_folds(20, args.seed), labels, labels, photos)
-        train.train_fold(args, 1, data, None, Run(args, 5))
+        train.train_fold(args, 1, data, None, start(args, data))
         return data, seen
 
     return run
@@ -124,8 +130,8 @@ def test_a_loss_that_is_not_finite_stops_the_fold_with_the_photos_of_its_batch(m
 
     monkeypatch.setattr(models.LeafModule, "training_step", poisoned)
     with pytest.raises(InputError, match="fold 1 stopped: the loss is (nan|inf) for the batch of Train_") as error:
-        run = Run(args, 5)
-        run.train_folds(lambda fold: train.train_fold(args, fold, data, None, run), data.image_ids)
+        run = start(args, data)
+        run.train_folds(lambda fold: train.train_fold(args, fold, data, None, run))
     named = str(error.value).split("batch of ")[1].split(". ")[0].split(", ")
     assert named == [f"Train_{row}" for row in batches[0]] and len(named) == 8
     kept = [path.name.split("-val")[0] for path in tmp_path.glob("*.ckpt")]

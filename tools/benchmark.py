@@ -21,13 +21,12 @@ from dataset import EpochSampler, LeafDataset, fit_photo, load_photo, make_loade
 from harness.devices import autocast, choose_device, choose_precision
 from harness.photos import cache_images
 from harness.prediction import COMPILE_FROM, compile_network, fold_batch_norm
-from inference import TTA_DRAWS
 from models import IMAGENET_MEAN, IMAGENET_STD, LeafModule, LeafNet
 from tools.generate_sample_data import render_leaf
 from utils import CLASSES, N_FOLDS, HelpFormatter, positive
 
 SIZE = (480, 768)
-TRAIN, TEST, EPOCHS = 1821, 1821, 70  # the competition's photos, the original's epochs
+TRAIN, TEST, EPOCHS, DRAWS = 1821, 1821, 70, 8  # the competition's photos, the original's epochs and TTA
 
 
 def interleaved(tasks, device, repeats):
@@ -57,7 +56,7 @@ def bench_samples(folder, repeats):
         photo, _ = render_leaf(CLASSES[i % len(CLASSES)], 1365, 2048, np.random.default_rng(i))
         cv2.imwrite(str(folder / "images" / f"{image_id}.jpg"), cv2.cvtColor(photo, cv2.COLOR_RGB2BGR))
     paths = [folder / "images" / f"{image_id}.jpg" for image_id in ids]
-    images = cache_images("train", ids, folder, SIZE, folder / "cache", fit_photo)
+    images = cache_images("train", ids, ids, folder, SIZE, folder / "cache", fit_photo)
     augmentation = train_augmentation()
     dataset = LeafDataset(images, ids, augmentation=augmentation, seed=1)
     draw = iter(range(10**9))
@@ -100,7 +99,7 @@ def bench_loader(dataset, n, workers, batch_size=32):
 
 def make_step(network, size, batch, device, precision, plain):
     """A function that takes one training step as train.py does, or as plain float32 code would."""
-    module = LeafModule(network.train()).to(device)
+    module = LeafModule(network.train(), "cosine", 1e-3, 0).to(device)
     network = network.to(memory_format=torch.contiguous_format if plain else torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), 1e-3) if plain else module.configure_optimizers()["optimizer"]
     images = torch.randint(0, 256, (batch, *size, 3), dtype=torch.uint8, device=device)
@@ -186,7 +185,7 @@ def main(args):
         test_rate = bench_network(SIZE, 4, device, precision, args.repeats, training=False)["inference, compiled"]
     folds = N_FOLDS * EPOCHS
     seconds = 2 * folds * (TRAIN * 0.8 / train_rate + TRAIN * 0.2 / test_rate)
-    seconds += (TRAIN + 2 * TEST * TTA_DRAWS * N_FOLDS) / test_rate
+    seconds += (TRAIN + 2 * TEST * DRAWS * N_FOLDS) / test_rate
     print(f"five steps at 480x768, 70 epochs, on this machine: about {seconds / 3600:.1f} hours")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU" if device.type == "cuda" else ""

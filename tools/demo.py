@@ -2,6 +2,7 @@
 
   python -m tools.demo
 
+Runs on the CPU, also where there are GPUs.
 Writes  demo/: sample/ (the rendered data set), logs/, logs_submit_distill/, and the four CSV files.
 Expect  every command as it is run, its progress, and in the end a table of AUCs; the sample's test labels are known.
 """
@@ -28,7 +29,9 @@ def run(command):
     """Run a Python command in FOLDER, showing it as one would type it; end the demonstration if it fails."""
     print(f"\n$ python {command}", flush=True)
     done = subprocess.run(
-        [sys.executable, *shlex.split(command)], cwd=FOLDER, env={**os.environ, "PYTHONPATH": str(REPO)}
+        [sys.executable, *shlex.split(command)],
+        cwd=FOLDER,
+        env={**os.environ, "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""},
     )
     if done.returncode:
         raise SystemExit(f"error: that command ended with status {done.returncode}")

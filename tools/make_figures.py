@@ -33,7 +33,7 @@ def draw_schedule(path, epochs=70):
     figure, axes = plt.subplots(figsize=(9, 3), layout="constrained")
     for name, style in (("cosine", "-"), ("triangular", "--")):
         optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1e-3)
-        schedule, rates = SCHEDULES[name](optimizer), []
+        schedule, rates = SCHEDULES[name](optimizer, 1e-3), []
         for _ in range(epochs):
             rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
@@ -65,11 +65,12 @@ def tta_pictures():
     """The eight views of a test photo, with what the network of fold 0 makes of each and of their mean."""
     log_dir = FOLDER / "logs"
     options = read_hparams(log_dir)["options"]
+    args = argparse.Namespace(seed=options["seed"], tta_draws=8)
     image_id = read_test_ids(FOLDER / "sample", CLASSES)[4]
     path = FOLDER / "sample" / "images" / f"{image_id}.jpg"
     photo = decode_photo(path)
-    seen, keys = tta_views(photo, image_id, 0, options["seed"], options["image_size"])
-    shown, _ = tta_views(photo, image_id, 0, options["seed"], SIZE)
+    seen, keys = tta_views(photo, image_id, 0, args, options["image_size"])
+    shown, _ = tta_views(photo, image_id, 0, args, SIZE)
     network = load_network(log_dir / read_results(log_dir, [0])["checkpoint"][0], LeafNet(options["backbone"]))
     with torch.no_grad():
         views = torch.stack([seen[key]["image"] for key in keys])
