@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import io
 import tokenize
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -87,59 +87,60 @@ def read_source(path):
 
 
 def definition(file, name):
-    """The source of a function, class or constant of a file at the root, and of all of this repository that it uses.
+    """The source of a function, class or constant of a file of the recipe, and of all of the recipe that it uses.
 
-    The harness is left out: it computes nothing that a network or a photo depends on. Raises KeyError for a name that
-    is not defined there.
+    Found without running anything, by the names in it. The harness is left out: no network and no photo depends on it.
     """
-    parts, todo = {}, [(ROOT / file, name)]
+    parts, todo = {}, [(file, name)]
     while todo:
-        path, name = todo.pop()
-        if (path, name) in parts or path.parent != ROOT:
+        file, name = todo.pop()
+        text, defined, imported = top_level(file)
+        if (file, name) in parts:
             continue
-        text = read_source(path)
-        tree = ast.parse(text)
-        defined, imported = {}, {}
-        for node in tree.body:
-            for target in getattr(node, "targets", [getattr(node, "target", None)]):
-                for leaf in ast.walk(target) if target is not None else ():
-                    if isinstance(leaf, ast.Name):
-                        defined.setdefault(leaf.id, []).append(node)
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                defined.setdefault(node.name, []).append(node)
-            for module, module_file in own_imports(node, path):
-                for alias in node.names:
-                    imported[alias.asname or alias.name] = (
-                        module_file,
-                        alias.name if module == node_module(node) else "",
-                    )
-        if name == "":  # a whole module: what is used of it is not followed further
-            parts[path, name] = text
-            continue
-        if name not in defined:
-            continue
-        segments = [ast.get_source_segment(text, node) for node in defined[name]]
-        parts[path, name] = "\n".join(segments)
-        for node in defined[name]:
-            for leaf in ast.walk(node):
-                if isinstance(leaf, ast.Name) and leaf.id in imported:
-                    todo.append(imported[leaf.id])
-                elif isinstance(leaf, ast.Name) and leaf.id in defined:
-                    todo.append((path, leaf.id))
+        parts[file, name] = (
+            text if name is None else "\n".join(map(partial(ast.get_source_segment, text), defined[name]))
+        )
+        for node in defined.get(name, ()):
+            used = {leaf.id for leaf in ast.walk(node) if isinstance(leaf, ast.Name)}
+            todo += [(file, other) for other in used & defined.keys()]
+            todo += [imported[other] for other in used & imported.keys()]
     return "\n".join(strip_comments(parts[key]) for key in sorted(parts, key=str))
 
 
+@cache
+def top_level(file):
+    """What a file defines and imports: its text, dict of name to statements, dict of name to (file, name there).
+
+    file: relative to the root. Of imports only those of the recipe; one of a whole module has None for the name there.
+    """
+    text = read_source(ROOT / file)
+    defined, imported = {}, {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined.setdefault(node.name, []).append(node)
+        elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for leaf in (leaf for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Name)):
+                defined.setdefault(leaf.id, []).append(node)
+        files = {module: path.relative_to(ROOT).as_posix() for module, path in own_imports(node, ROOT / file)}
+        for alias in node.names if files else ():
+            if isinstance(node, ast.Import):
+                module, name, there = alias.name, alias.name.split(".")[0], None
+            elif f"{node.module}.{alias.name}" in files:
+                module, name, there = f"{node.module}.{alias.name}", alias.name, None
+            else:
+                module, name, there = node.module, alias.name, alias.name
+            if module in files and not files[module].startswith("harness/"):
+                imported[alias.asname or name] = (files[module], there)
+    return text, defined, imported
+
+
 def definition_of(thing):
-    """`definition` of a function or class; its name alone if it is defined elsewhere, as in a test."""
-    path = Path(inspect.getsourcefile(thing) or "").resolve()
-    if path.parent != ROOT:
+    """`definition` of a function or class of the recipe; of one that is defined elsewhere, as in a test, its name."""
+    path = Path(inspect.getsourcefile(thing)).resolve()
+    if not path.is_relative_to(ROOT) or path.relative_to(ROOT).parts[0] == "tests":
         return thing.__qualname__
-    return definition(path.name, thing.__name__)
-
-
-def node_module(node):
-    """The module that a `from … import` names."""
-    return getattr(node, "module", None)
+    return definition(path.relative_to(ROOT).as_posix(), thing.__name__)
 
 
 # ---------------------------------------------------------------------------------------------- what was changed

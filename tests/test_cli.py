@@ -41,26 +41,36 @@ def test_the_originals_names_and_short_options():
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "arguments, said",
     [
-        "--max_epochs 0",
-        "--max_ep 3",
-        "--image_size 96",
-        "--folds 5",
-        "--seed -1",
-        "--precision fp16",
-        "--gradient_clip_val -1",
-        "--gradient_clip_val nan",
-        "--seed 5000000000",
-        "-t 8",
-        "-tb 8",
-        "extra",
+        ("--max_epochs 0", "argument --max_epochs: 0 is not 1 or more"),
+        ("--max_ep 3", "unrecognized arguments: --max_ep 3"),
+        ("--image_size 96", "argument --image_size: expected 2 arguments"),
+        ("--image_size 31 96", "argument --image_size: 31 is too small: the network needs 32 pixels or more"),
+        ("--folds 5", "argument --folds: invalid choice: 5"),
+        ("--seed -1", "argument --seed: -1 is not between 0 and"),
+        ("--precision fp16", "argument --precision: invalid choice: 'fp16'"),
+        ("--gradient_clip_val -1", "argument --gradient_clip_val: -1 is not a positive number"),
+        ("--gradient_clip_val nan", "argument --gradient_clip_val: nan is not a positive number"),
+        ("--soft_share 1.1", "argument --soft_share: 1.1 is not between 0 and 1"),
+        ("--seed 5000000000", "argument --seed: 5000000000 is not between 0 and"),
+        ("--gpus 0 --cpu_processes 1", "argument --cpu_processes: not allowed with argument --gpus"),
+        ("-t 8", "unrecognized option -t"),
+        ("-tb 8", "unrecognized option -tb"),
+        ("extra", "unrecognized arguments: extra"),
     ],
 )
-def test_wrong_values_are_refused(arguments, capsys):
+def test_wrong_values_are_refused(arguments, said, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_args(make_training_parser(""), arguments.split())
-    assert stop.value.code == 2 and "error" in capsys.readouterr().err
+    assert stop.value.code == 2 and f"error: {said}" in capsys.readouterr().err
+
+
+def test_an_unknown_schedule_is_refused_with_the_known_ones(sample, tmp_path):
+    options = ["--data_dir", sample, *QUICK, "--lr_schedule", "cosin"]
+    done = run_script("train.py", *options, cwd=tmp_path, check=False)
+    assert done.stderr.splitlines()[-1] == "error: --lr_schedule cosin: models.py has cosine, triangular"
+    assert done.returncode == 1 and not (tmp_path / "logs").exists()
 
 
 def test_gpus_that_are_not_there_and_what_to_type_instead(monkeypatch):
@@ -85,12 +95,15 @@ def test_a_rank_that_no_launcher_has_set_does_not_silence_the_process(monkeypatc
     assert "unheard" not in capsys.readouterr().out
 
 
-def test_precision_is_never_changed_silently():
+def test_precision_is_never_changed_silently(monkeypatch):
     with pytest.raises(InputError, match="--precision 16 needs a GPU"):
         choose_precision("16", "cpu")
     assert choose_precision(None, "cuda") == "16"
     assert choose_precision("32", "cuda") == "32"
-    assert choose_precision(None, "cpu") in ("bf16", "32")
+    for bf16, amx, expected in ((True, False, "bf16"), (False, True, "bf16"), (False, False, "32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=bf16: found)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda found=amx: found)
+        assert choose_precision(None, "cpu") == expected
 
 
 def test_missing_data_is_said_before_anything_is_written(tmp_path):

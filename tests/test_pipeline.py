@@ -20,15 +20,15 @@ from utils import CLASSES, column_aucs, mean_auc, split_folds
 OUTPUTS = ("soft_labels.csv", "submission.csv", "submission_distill.csv", "submission_mix.csv")
 
 
-def five_steps(folder, sample, *options):
-    """Run the pipeline in `folder`; returns what each script printed."""
+def five_steps(folder, sample, *options, cold=False):
+    """Run the pipeline in `folder`, by new interpreters if `cold`; returns what each script printed."""
     distill = ["--soft_labels_filename", "soft_labels.csv", "--log_dir", "logs_submit_distill"]
     return [
-        run_script("train.py", "--data_dir", sample, *SMALL, *options, cwd=folder).stdout,
-        run_script("generate_soft_labels.py", *options, cwd=folder).stdout,
-        run_script("train.py", "--data_dir", sample, *SMALL, *distill, *options, cwd=folder).stdout,
-        run_script("generate_distilled_submission.py", *options, cwd=folder).stdout,
-        run_script("blend.py", cwd=folder).stdout,
+        run_script("train.py", "--data_dir", sample, *SMALL, *options, cwd=folder, cold=cold).stdout,
+        run_script("generate_soft_labels.py", *options, cwd=folder, cold=cold).stdout,
+        run_script("train.py", "--data_dir", sample, *SMALL, *distill, *options, cwd=folder, cold=cold).stdout,
+        run_script("generate_distilled_submission.py", *options, cwd=folder, cold=cold).stdout,
+        run_script("blend.py", cwd=folder, cold=cold).stdout,
     ]
 
 
@@ -94,6 +94,10 @@ def test_soft_labels_come_from_the_network_that_has_not_seen_the_photo(done, sam
         with torch.no_grad():
             network = load_network(folder / "logs" / checkpoint, LeafNet())
             expected = network(torch.from_numpy(photo)[None]).softmax(1)[0].numpy()
+            other = results.set_index("fold").loc[(folds[row] + 1) % 5, "checkpoint"]
+            network = load_network(folder / "logs" / other, LeafNet())
+            wrong = network(torch.from_numpy(photo)[None]).softmax(1)[0].numpy()
+        assert np.abs(wrong - expected).max() > 1e-3
         np.testing.assert_allclose(soft.loc[row, list(CLASSES)].to_numpy(float), expected, atol=2e-5)
         assert checkpoint in printed[1]  # it says which it used
 
@@ -129,13 +133,14 @@ def test_a_submission_is_the_mean_of_five_networks_times_eight_augmented_views(d
 
 def test_the_blend_is_the_mean_of_both_submissions(done):
     folder, _ = done
+    assert np.abs(read(folder / "submission.csv") - read(folder / "submission_distill.csv")).max() > 1e-3
     expected = (read(folder / "submission.csv") + read(folder / "submission_distill.csv")) / 2
     np.testing.assert_allclose(read(folder / "submission_mix.csv"), expected, atol=1e-15)
 
 
 def test_the_same_commands_give_the_same_bytes_whatever_the_workers(done, sample, tmp_path):
     folder, _ = done
-    five_steps(tmp_path, sample, "--num_workers", 2)
+    five_steps(tmp_path, sample, "--num_workers", 2, cold=True)
     for name in (*OUTPUTS, "logs/results.csv", "logs/folds.csv", "logs_submit_distill/results.csv"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
 
@@ -145,7 +150,10 @@ def test_a_rerun_skips_finished_folds_and_refuses_what_has_changed(done, sample,
     shutil.copytree(done[0], folder)
     train = ["train.py", "--data_dir", sample, *SMALL]
     again = run_script(*train, "--folds", 1, 3, cwd=folder).stdout
-    assert "fold 1 is finished already" in again and "fold 0" not in again
+    assert [line.split("] ")[-1] for line in again.splitlines() if "finished" in line] == [
+        "fold 1 is finished already",
+        "fold 3 is finished already",
+    ]
 
     before = sorted(path.name for path in (folder / "logs").glob("*"))
     for changed in (["--seed", 1], ["--seed", 1, "--fresh", "--folds", 0]):  # refused before anything is deleted

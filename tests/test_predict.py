@@ -19,10 +19,10 @@ from predict import find_photos
 from utils import CLASSES, make_prediction_parser, parse_args
 
 
-def predict_photos(*photos, trained, cwd, check=True):
+def predict_photos(*photos, trained, cwd, check=True, cold=False):
     """Run predict.py with the trained fold: what it printed, and predictions.csv by image."""
     options = ["--log_dir", trained / "logs", "--folds", 0, "--num_workers", 0]
-    done = run_script("predict.py", *photos, *options, cwd=cwd, check=check)
+    done = run_script("predict.py", *photos, *options, cwd=cwd, check=check, cold=cold)
     return done, pd.read_csv(cwd / "predictions.csv").set_index("image")
 
 
@@ -41,7 +41,7 @@ def test_a_training_photo_gets_its_out_of_fold_prediction(run_of_fold_0, trained
     expected = expected.set_index("image_id")
     assert len(expected) == 32
     photos = [trained / "leaves" / "images" / f"{name}.jpg" for name in expected.index[:5]]
-    done, found = predict_photos(*photos, trained=trained, cwd=tmp_path)
+    done, found = predict_photos(*photos, trained=trained, cwd=tmp_path, cold=True)
     assert found.index.tolist() == [str(photo) for photo in photos] and list(found.columns) == list(CLASSES)
     np.testing.assert_allclose(found, expected.iloc[:5], atol=1e-5)
     table = found.assign(prediction=found.idxmax(axis=1))[["prediction", *CLASSES]]
