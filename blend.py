@@ -9,10 +9,11 @@ Expect  0.98354 public and 0.98253 private at Kaggle (published).
 
 import argparse
 
+from harness.command_line import HelpFormatter, positive
 from harness.console import say
 from harness.files import write_csv
 from harness.tables import read_probabilities
-from utils import CLASSES, HelpFormatter, output_name, positive
+from utils import CLASSES, output_name
 
 
 def main(args):

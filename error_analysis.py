@@ -10,14 +10,17 @@ Writes  error_analysis.html: one page that needs no network, with heat maps, sus
 Expect  the out-of-fold AUC, the number of errors, suspects and near-duplicates.
 """
 
-from utils import CLASSES, column_aucs, make_prediction_parser, mean_auc, parse_args, positive
+from harness.command_line import parse_args, positive
+from utils import CLASSES, column_aucs, make_prediction_parser, mean_auc
 
 
 def make_analysis_parser():
     """What error_analysis.py takes."""
     parser = make_prediction_parser(__doc__)
-    add = parser.add_argument_group("error analysis").add_argument
-    add("--worst", type=positive, default=24, metavar="N", help="wrong photos with heat maps, suspects with pictures")
+    group = parser.add_argument_group("error analysis")
+    group.add_argument(
+        "--worst", type=positive, default=24, metavar="N", help="wrong photos with heat maps, suspects with pictures"
+    )
     return parser
 
 

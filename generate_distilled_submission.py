@@ -7,7 +7,8 @@ Writes  submission_distill.csv: each test photo, the mean of five networks x eig
 Expect  0.98422 public and 0.98135 private at Kaggle (published).
 """
 
-from utils import make_prediction_parser, output_name, parse_args
+from harness.command_line import parse_args
+from utils import make_prediction_parser, output_name
 
 if __name__ == "__main__":  # before the imports that take seconds: a typo should not wait for them
     ARGS = parse_args(make_prediction_parser(__doc__, log_dir="logs_submit_distill"))

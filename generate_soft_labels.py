@@ -8,7 +8,8 @@ Writes  soft_labels.csv: each training photo, by the network that has not seen i
 Expect  the out-of-fold AUC; 0.97988 public and 0.98108 private at Kaggle for submission.csv (published).
 """
 
-from utils import CLASSES, describe_aucs, make_prediction_parser, output_name, parse_args
+from harness.command_line import parse_args
+from utils import CLASSES, describe_aucs, make_prediction_parser, output_name
 
 if __name__ == "__main__":  # before the imports that take seconds: a typo should not wait for them
     ARGS = parse_args(make_prediction_parser(__doc__))

@@ -9,7 +9,8 @@ Expect  a progress bar an epoch; 70 epochs a fold. After an interruption the sam
         not trained again, an unfinished one continues after its last epoch that was kept.
 """
 
-from utils import CLASSES, N_FOLDS, derive_seed, describe_aucs, make_training_parser, parse_args, split_folds
+from harness.command_line import parse_args
+from utils import CLASSES, N_FOLDS, derive_seed, describe_aucs, make_training_parser, split_folds
 
 if __name__ == "__main__":  # before the imports that take seconds: a typo should not wait for them
     ARGS = parse_args(make_training_parser(__doc__))
@@ -56,7 +57,8 @@ def read_training_data(args, run):
     train = read_train(args)
     hard_labels = labels = train[list(CLASSES)].to_numpy(np.float32)
     if args.soft_labels_filename is not None:
-        soft = read_probabilities(args.soft_labels_filename, CLASSES, train["image_id"])
+        limited = args.limit is not None
+        soft = read_probabilities(args.soft_labels_filename, CLASSES, train["image_id"], may_hold_more=limited)
         labels = mix_labels(hard_labels, soft[list(CLASSES)].to_numpy(), args.soft_share)
     folds = split_folds(len(train), args.seed if args.fold_seed is None else args.fold_seed)
     run.check(folds, hard_labels)

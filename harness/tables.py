@@ -12,11 +12,11 @@ import pandas as pd
 from harness.console import InputError, raise_all
 
 
-def read_csv(path, columns, hint="see the README for how to get the data", rule=None, wanted=None):
+def read_csv(path, columns, hint="see the README for how to get the data", rule=None, wanted=None, may_hold_more=False):
     """Read a CSV file whose columns are exactly `columns`, the first of them a unique image_id, the others numbers.
 
     hint: what to do if the file does not exist; rule: function of a row's numbers, float (n,), that returns what is
-    wrong with them, or None; wanted: the ids that must be there, no more and no less, in any order.
+    wrong with them, or None; wanted: the ids that must be there, in any order, and, unless may_hold_more, no others.
     Returns a DataFrame with image_id (str) and floats, in the file's order. Raises InputError naming the file and all
     that is wrong with it, by line.
     """
@@ -35,7 +35,7 @@ def read_csv(path, columns, hint="see the README for how to get the data", rule=
             first_line[image_id] = line
     complaints += [f"line {line} {what}" for line, what in sorted(problems, key=lambda problem: problem[0])]
     if wanted is not None and first_line and not unread:
-        complaints += compare_ids(first_line, wanted)
+        complaints += compare_ids(first_line.keys() & set(wanted) if may_hold_more else first_line, wanted)
     raise_all(path, complaints)
     values = list(zip(*(cells for _, cells in rows), strict=True))
     numbers = {name: [to_number(cell) for cell in cells] for name, cells in zip(columns[1:], values[1:], strict=True)}
@@ -162,11 +162,15 @@ def read_test_ids(data_dir, classes):
     return image_ids
 
 
-def read_probabilities(path, classes, image_ids=None):
+def read_probabilities(path, classes, image_ids=None, may_hold_more=False):
     """A CSV of class probabilities, DataFrame with image_id and `classes` (float), joined to `image_ids` if given.
+
+    may_hold_more: rows of other ids are no error then, but left out.
 
     Raises InputError for values outside 0…1, rows that do not sum to 1, and ids that are missing or extra.
     """
     hint = "run the step that writes it first"
-    frame = read_csv(path, ("image_id", *classes), hint, rule=not_a_distribution, wanted=image_ids)
+    frame = read_csv(
+        path, ("image_id", *classes), hint, rule=not_a_distribution, wanted=image_ids, may_hold_more=may_hold_more
+    )
     return frame if image_ids is None else frame.set_index("image_id").loc[list(image_ids)].reset_index()

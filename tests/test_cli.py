@@ -8,9 +8,10 @@ from conftest import QUICK, run_script
 
 import models
 import train
+from harness.command_line import parse_args
 from harness.console import InputError, say
 from harness.devices import choose_device, choose_precision
-from utils import make_training_parser, parse_args
+from utils import make_training_parser
 
 SCRIPTS = ("train.py", "generate_soft_labels.py", "generate_distilled_submission.py", "blend.py")
 

@@ -12,11 +12,12 @@ from PIL import Image
 import generate_soft_labels
 from analysis.heat_maps import heat_maps
 from dataset import load_photo, read_test
+from harness.command_line import parse_args
 from harness.log_dir import read_folds
 from harness.tables import read_train_csv
 from inference import load_trained, predict_out_of_fold, predict_test
 from predict import find_photos
-from utils import CLASSES, make_prediction_parser, parse_args
+from utils import CLASSES, make_prediction_parser
 
 
 def predict_photos(*photos, trained, cwd, check=True, cold=False):

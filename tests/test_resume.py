@@ -21,7 +21,8 @@ import train
 from harness import callbacks, prediction
 from models import LeafModule
 from models import LeafNet
-from utils import make_prediction_parser, make_training_parser, parse_args
+from harness.command_line import parse_args
+from utils import make_prediction_parser, make_training_parser
 
 script, moment, *sys.argv[1:] = sys.argv[1:]
 callbacks.RESUME_EVERY = prediction.KEEP_EVERY = 0

@@ -8,9 +8,10 @@ import torch
 import models
 import train
 from dataset import EpochSampler, LeafDataset
+from harness.command_line import parse_args
 from harness.console import InputError
 from harness.run import Run
-from utils import CLASSES, make_training_parser, parse_args, split_folds
+from utils import CLASSES, make_training_parser, split_folds
 
 AUCS = [0.50, 0.80, 0.70, 0.95, 0.60, 0.90, 0.85, 0.75]  # scripted: the best of these eight epochs is the fourth
 

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from dataset import EpochSampler, LeafDataset, fit_photo, load_photo, make_loader, train_augmentation
+from harness.command_line import HelpFormatter, positive
 from harness.devices import autocast, choose_device, choose_precision
 from harness.photos import cache_images
 from harness.prediction import COMPILE_FROM, compile_network, fold_batch_norm
 from models import IMAGENET_MEAN, IMAGENET_STD, LeafModule, LeafNet
 from tools.generate_sample_data import render_leaf
-from utils import CLASSES, N_FOLDS, HelpFormatter, positive
+from utils import CLASSES, N_FOLDS
 
 SIZE = (480, 768)
 TRAIN, TEST, EPOCHS, DRAWS = 1821, 1821, 70, 8  # the competition's photos, the original's epochs and TTA

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils import CLASSES, HelpFormatter, mean_auc
+from harness.command_line import HelpFormatter
+from utils import CLASSES, mean_auc
 
 REPO = Path(__file__).parent.parent
 FOLDER = REPO / "demo"

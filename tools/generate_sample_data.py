@@ -24,9 +24,10 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from harness.command_line import HelpFormatter, not_negative, positive
 from harness.console import InputError
 from harness.files import write_csv
-from utils import CLASSES, HelpFormatter, not_negative, positive
+from utils import CLASSES
 
 RENDERER_VERSION = 3  # raise it with every change of the drawing
 COMPETITION_COUNTS = {"healthy": 516, "multiple_diseases": 91, "rust": 622, "scab": 592}

@@ -16,13 +16,14 @@ import torch
 
 from analysis.figures import augmentation_pictures, tta_views
 from dataset import fit_photo, load_photo
+from harness.command_line import HelpFormatter
 from harness.log_dir import read_hparams, read_results
 from harness.photos import decode_photo
 from harness.prediction import load_network
 from harness.tables import read_test_ids, read_train_csv
 from models import SCHEDULES, LeafNet
 from tools.demo import FOLDER, REPO
-from utils import CLASSES, HelpFormatter
+from utils import CLASSES
 
 DOCS = REPO / "docs"
 SIZE = (256, 384)  # the sample's own, so that nothing is blurred by resizing
