@@ -9,7 +9,7 @@ Expect  0.98354 public and 0.98253 private at Kaggle (published).
 
 import argparse
 
-from harness.command_line import HelpFormatter, positive
+from harness.command_line import HelpFormatter, file_or_folder, positive
 from harness.console import say
 from harness.files import write_csv
 from harness.tables import read_probabilities
@@ -32,11 +32,14 @@ if __name__ == "__main__":
     group = parser.add_argument_group("files")
     group.add_argument(
         "--submissions",
+        type=file_or_folder,
         nargs="+",
         default=["submission.csv", "submission_distill.csv"],
         metavar="CSV",
         help="what to average",
     )
     group.add_argument("--limit", type=positive, metavar="N", help="blend what steps 2 and 4 wrote after --limit N")
-    group.add_argument("--output", default="submission_mix.csv", metavar="CSV", help="where the mean goes")
+    group.add_argument(
+        "--output", type=file_or_folder, default="submission_mix.csv", metavar="CSV", help="where the mean goes"
+    )
     main(parser.parse_args())

@@ -9,20 +9,24 @@ Writes  predictions.csv: each photo as it was named, and the mean probabilities 
 Expect  the same as a table. A photo that cannot be read is named on stderr and left out; the exit status is then 1.
 """
 
-from harness.command_line import parse_args
+from harness.command_line import file_or_folder, parse_args
 from utils import CLASSES, make_prediction_parser
 
 
 def make_photo_parser():
     """What predict.py takes."""
     parser = make_prediction_parser(__doc__)
-    parser.add_argument("photos", nargs="+", metavar="PHOTO|FOLDER", help="what to classify")
+    parser.add_argument("photos", type=file_or_folder, nargs="+", metavar="PHOTO|FOLDER", help="what to classify")
     group = parser.add_argument_group("new photos")
     group.add_argument(
         "--tta", action="store_true", help="mean of augmented views, as in steps 2 and 4: slower, a little better"
     )
-    group.add_argument("--heat_maps", metavar="FOLDER", help="write where the networks looked, a picture a photo")
-    group.add_argument("--output", default="predictions.csv", metavar="CSV", help="where the probabilities go")
+    group.add_argument(
+        "--heat_maps", type=file_or_folder, metavar="FOLDER", help="write where the networks looked, a picture a photo"
+    )
+    group.add_argument(
+        "--output", type=file_or_folder, default="predictions.csv", metavar="CSV", help="where the probabilities go"
+    )
     return parser
 
 

@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 
-from harness.command_line import HelpFormatter, not_negative, pixels, positive, positive_number, share
+from harness.command_line import HelpFormatter, file_or_folder, not_negative, pixels, positive, positive_number, share
 from harness.console import InputError
 
 CLASSES = ("healthy", "multiple_diseases", "rust", "scab")
@@ -23,11 +23,18 @@ def make_parser(doc, log_dir="logs"):
     workers = min(8, os.cpu_count())
 
     files = parser.add_argument_group("files")
-    files.add_argument("--data_dir", default="data", help="train.csv, test.csv, sample_submission.csv and images/")
     files.add_argument(
-        "--log_dir", default=log_dir, help="checkpoints, metrics and options of one training of all folds"
+        "--data_dir", type=file_or_folder, default="data", help="train.csv, test.csv, sample_submission.csv and images/"
     )
-    files.add_argument("--cache_dir", default="image_cache", help="for the photos, decoded and resized once")
+    files.add_argument(
+        "--log_dir",
+        type=file_or_folder,
+        default=log_dir,
+        help="checkpoints, metrics and options of one training of all folds",
+    )
+    files.add_argument(
+        "--cache_dir", type=file_or_folder, default="image_cache", help="for the photos, decoded and resized once"
+    )
 
     networks = parser.add_argument_group("which networks")
     networks.add_argument(
@@ -60,9 +67,17 @@ def make_training_parser(doc):
 
     data = parser.add_argument_group("what is trained")
     data.add_argument(
-        "--weights", default="imagenet", help="where the backbone starts: imagenet, none (from scratch) or a file"
+        "--weights",
+        type=file_or_folder,
+        default="imagenet",
+        help="where the backbone starts: imagenet, none (from scratch) or a file",
     )
-    data.add_argument("--soft_labels_filename", metavar="CSV", help="train on hard labels mixed with these soft labels")
+    data.add_argument(
+        "--soft_labels_filename",
+        type=file_or_folder,
+        metavar="CSV",
+        help="train on hard labels mixed with these soft labels",
+    )
     data.add_argument(
         "--limit", type=positive, metavar="N", help="a quick look: N labelled photos and N test photos only"
     )

@@ -1,12 +1,17 @@
 """How a command line is read: strictly, without abbreviations, and knowing which options were typed."""
 
 import argparse
+import os
 import re
 import sys
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of a script's docstring and adds the defaults."""
+
+
+def file_or_folder(text):
+    return os.path.expanduser(text)  # bash leaves the ~ of --log_dir=~/logs to the program
 
 
 def positive(text):

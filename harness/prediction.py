@@ -157,7 +157,7 @@ def predict(networks, dataset, keys, args, title, kept=None):
     n_done = np.searchsorted(np.cumsum([len(batch) for batch in batches]), n_kept, side="right")
     if n_done == len(batches):
         say(f"{title}: taken from {kept.path}")
-        return before
+        return refuse_nan(before, keys)
     pin = args.devices[0].type == "cuda"
     loader = DataLoader(dataset, batch_sampler=batches[n_done:], num_workers=args.num_workers, pin_memory=pin)
     compiling = args.devices[0].type == "cpu" and len(keys) * prod(args.image_size) >= COMPILE_FROM
@@ -186,4 +186,16 @@ def predict(networks, dataset, keys, args, title, kept=None):
     finally:  # also if it is interrupted
         if kept and parts:
             kept.write(so_far())
-    return so_far()
+    return refuse_nan(so_far(), keys)
+
+
+def refuse_nan(probabilities, keys):
+    """The probabilities, (n, k), of the keys. Raises InputError, naming the folds, if some are not finite."""
+    bad = ~np.isfinite(probabilities).all(axis=1)
+    if bad.any():
+        folds = sorted({fold for (fold, _, _), is_bad in zip(keys, bad, strict=True) if is_bad})
+        raise InputError(
+            f"the network of fold {' '.join(map(str, folds))} predicts nan, so nothing is written: its training has "
+            "diverged; train it anew with --fresh, perhaps with a smaller --learning_rate"
+        )
+    return probabilities

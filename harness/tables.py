@@ -107,8 +107,11 @@ def check_row(row, columns, rule):
 
 
 def is_plain_name(image_id):
-    """Whether an image_id names a file of images/ and none elsewhere, on any system, in characters that can be seen."""
-    elsewhere = re.search(r"[/\\]|^\.|^[A-Za-z]:", image_id)
+    """Whether an image_id names a file of images/ and none elsewhere, on any system, in characters that can be seen.
+
+    What begins with = + - or @ is left out too: a spreadsheet would take it for a formula.
+    """
+    elsewhere = re.search(r"[/\\]|^[.=+@-]|^[A-Za-z]:", image_id)
     return not elsewhere and image_id.isprintable() and image_id == image_id.strip()
 
 

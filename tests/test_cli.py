@@ -41,6 +41,15 @@ def test_the_originals_names_and_short_options():
     assert defaults.typed == set() and defaults.log_dir == "logs"
 
 
+def test_a_home_folder_that_the_shell_has_left_is_found(monkeypatch):
+    """bash expands ~/logs but leaves --log_dir=~/logs as it is."""
+    monkeypatch.setenv("HOME", "/home/anna")
+    options = "--log_dir=~/logs --data_dir=~/data --cache_dir=~ --weights=~/w.pth --soft_labels_filename=~/s.csv"
+    args = parse_args(make_training_parser(""), options.split())
+    found = [args.log_dir, args.data_dir, args.cache_dir, args.weights, args.soft_labels_filename]
+    assert found == [f"/home/anna{end}" for end in ("/logs", "/data", "", "/w.pth", "/s.csv")]
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [

@@ -1,6 +1,7 @@
 """Prediction: compiled where it pays, with the same result; and what is said where it cannot be."""
 
 import argparse
+import copy
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from dataset import LeafDataset
 from harness import prediction
+from harness.console import InputError
 from harness.prediction import fold_batch_norm, predict
 from models import LeafNet
 
@@ -63,3 +65,11 @@ def test_without_a_compiler_it_is_said_and_the_prediction_goes_on(job, monkeypat
     np.testing.assert_array_equal(predict(*job, "long"), expected)
     said = capsys.readouterr().out
     assert said.count("note: predicting without torch.compile") == 1 and "No working C++ compiler" in said
+
+
+def test_a_prediction_that_is_nan_is_refused_with_its_fold(job):
+    networks, dataset, keys, args = job
+    broken = copy.deepcopy(networks[3])
+    broken.fc.bias.data[1] = float("nan")
+    with pytest.raises(InputError, match="the network of fold 3 predicts nan, so nothing is written"):
+        predict({0: networks[0], 3: broken}, dataset, keys, args, "short")
