@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -21,10 +21,23 @@ LAUNCHED = "PLANT_PATHOLOGY_LAUNCHED"  # the process id of the train.py that has
 IS_LAUNCHED = LAUNCHED in os.environ
 
 
+def cluster_environment():
+    """How this process finds those that train together with it, for Lightning; alone unless torchrun or srun started it.
+
+    In an allocation without srun (`#SBATCH -n 8` to get cores, a notebook) SLURM's variables are there, the others not.
+    Lightning's own requeueing is off: folds of an array job would load each other's checkpoints.
+    """
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    if SLURMEnvironment.detect() and "SLURM_STEP_ID" in os.environ:
+        return SLURMEnvironment(auto_requeue=False)
+    return LightningEnvironment()
+
+
 def is_one_of_several_processes():
     """Whether this process is one of several that train together: started by us, by torchrun, or by SLURM's srun."""
-    by_slurm = SLURMEnvironment.detect() and SLURMEnvironment().world_size() > 1
-    return TorchElasticEnvironment.detect() or by_slurm
+    environment = cluster_environment()
+    return isinstance(environment, TorchElasticEnvironment) or environment.world_size() > 1
 
 
 def join_processes(device, indices, num_nodes):
@@ -38,6 +51,7 @@ def join_processes(device, indices, num_nodes):
             devices=indices if device == "cuda" else len(indices),
             num_nodes=num_nodes,
             strategy="ddp",
+            plugins=[cluster_environment()],
         )
         fabric.launch()
     except ValueError as error:  # Lightning's, about numbers that do not fit

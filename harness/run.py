@@ -1,5 +1,6 @@
 """One start of train.py: its devices and processes, the locks on its folds, the record in its log directory, advice."""
 
+import os
 import re
 import signal
 import sys
@@ -24,6 +25,7 @@ from harness.log_dir import (
     open_log_dir,
     read_own_csv,
     remove_fold,
+    result_path,
     resume_path,
 )
 from harness.sources import definition_of, digest, read_source, training_sources
@@ -54,6 +56,10 @@ class Run:
             raise InputError(
                 "--num_nodes is for processes that torchrun or srun has started, --parallel_folds for one that was "
                 "started alone; docs/hardware.md has the whole commands"
+            )
+        if not self.one_of_several and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+            say(
+                "note: SLURM has given this job several tasks, but one process was started: srun python … starts them all"
             )
         self.n_devices = 1 if args.parallel_folds else len(self.indices) * args.num_nodes
         self.is_writer = not launch.IS_LAUNCHED and is_first_process()  # of the record and of results.csv
@@ -216,7 +222,8 @@ class Run:
             "precision": {"16": "16-mixed", "32": "32-true", "bf16": "bf16-mixed"}[args.precision],
             "callbacks": callbacks,
             "enable_progress_bar": bar,
-            "plugins": [WholeCheckpoints()],
+            "plugins": [WholeCheckpoints(), launch.cluster_environment()],
+            "default_root_dir": result_path(args.log_dir, fold).parent,  # where Lightning would look for its own files
         }
 
     def finish_fold(self, fold, trainer):

@@ -220,10 +220,27 @@ def test_slurm_on_two_machines_leaves_what_two_processes_of_one_leave(two_proces
     script = ["train.py", "--data_dir", sample, *QUICK, "--folds", 1, "--num_nodes", 2]
     job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "leaves", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
     job |= {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "localhost", "SLURM_NODELIST": "localhost", "SLURM_LOCALID": "0"}
+    job |= {"SLURM_STEP_ID": "0"}
     job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | ONE_THREAD
     tasks = [{"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in (0, 1)]
     finish([start_script(*script, cwd=tmp_path, **job, **task) for task in tasks])
     assert outcome_of_fold_1(tmp_path) == outcome_of_fold_1(two_processes)
+
+
+def test_in_an_allocation_without_srun_it_trains_as_the_one_process_that_it_is(one_process, sample, tmp_path):
+    """`#SBATCH -n 8`, and python without srun: SLURM's variables promise processes that nobody has started."""
+    job = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NNODES": "1"}
+    (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"of another job, by Lightning's own requeueing")
+    options = ["--data_dir", sample, *QUICK, "--folds", 1]
+    done = run_script("train.py", *options, cwd=tmp_path, SLURM_JOB_NAME="leaves", **job, **ONE_THREAD)
+    assert "note: SLURM has given this job several tasks" in done.stdout and "srun" in done.stdout
+    assert outcome_of_fold_1(tmp_path) == outcome_of_fold_1(one_process)
+
+
+def test_jobs_that_start_together_never_take_each_others_folds(tmp_path):
+    """Five jobs of an array on a file system where letting go of a lock takes a while; twenty starts of each."""
+    scripts = [start_script("-c", STARTER, fold, cwd=tmp_path) for fold in range(5)]
+    assert [script.wait() for script in scripts] == [0] * 5, "".join(script.stderr for script in scripts)
 
 
 @pytest.mark.parametrize("options", [["--num_nodes", 2], ["--num_nodes", 2, "--parallel_folds"]])
@@ -240,6 +257,23 @@ def test_a_number_of_processes_that_does_not_fit_is_refused(sample, tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
+STARTER = """
+import sys, time
+from pathlib import Path
+from filelock import FileLock
+from harness.files import lock_file
+from harness.log_dir import lock_folds
+
+release = FileLock.release
+FileLock.release = lambda self, force=False: (time.sleep(0.003), release(self, force))
+fold = int(sys.argv[1])
+for start in range(20):
+    with lock_file("logs/.hparams.lock"):
+        locks, _ = lock_folds(Path("logs"), [fold], 5)
+    time.sleep(0.003)
+    for lock in locks:
+        lock.release()
+"""
 # One rank of DDP: the gradients of its share of a batch, averaged over ranks, batch norm in evaluation mode.
 RANK = """
 import sys
