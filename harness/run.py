@@ -55,9 +55,9 @@ class Run:
         if args.parallel_folds and self.one_of_several or args.num_nodes > 1 and not self.one_of_several:
             raise InputError(
                 "--num_nodes is for processes that torchrun or srun has started, --parallel_folds for one that was "
-                "started alone; docs/hardware.md has the whole commands"
+                "started alone; docs/clusters.md has the whole commands"
             )
-        if not self.one_of_several and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        if not self.one_of_several and not launch.IS_LAUNCHED and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
             say(
                 "note: SLURM has given this job several tasks, but one process was started: srun python … starts them all"
             )
@@ -101,9 +101,10 @@ class Run:
         # process does it for all; those that a process has launched are covered by its locks.
         if self.is_writer:
             devices = f"{self.n_devices} x {self.device}"
-            inputs = {"train.csv": Path(args.data_dir) / "train.csv", "the photos": data.images.path}
-            inputs |= {"weights": weights, "soft labels": args.soft_labels_filename}
+            inputs = {"train.csv": Path(args.data_dir) / "train.csv", "weights": weights}
+            inputs |= {"soft labels": args.soft_labels_filename}
             fingerprints = {name: sha256(path) for name, path in inputs.items() if path is not None}
+            fingerprints["the photos"] = data.images.digest()
             definitions = {thing.__name__: digest(definition_of(thing)) for thing in predicts_with}
             sources = {name: read_source(path) for name, path in training_sources().items()}
             rows = args, self.n_folds, data.image_ids, data.folds

@@ -275,8 +275,11 @@ def test_a_quick_look_uses_the_cache_of_all_photos_and_leaves_it(done, sample, r
     soft = pd.read_csv(sample / "train.csv")  # of all photos: those that are left out do not disturb
     soft.to_csv(run / "soft_labels.csv", index=False)
     options = ["--limit", 30, "--log_dir", "quick", "--soft_labels_filename", "soft_labels.csv"]
-    run_script("train.py", "--data_dir", sample, *QUICK, "--folds", 0, *options, cwd=run)
+    train = ["train.py", "--data_dir", sample, *QUICK, "--folds", 0, *options]
+    run_script(*train, cwd=run)
     assert {path.name: path.stat().st_mtime_ns for path in (run / "image_cache").glob("*.npy")} == caches
+    again = run_script(*train, "--cache_dir", "other", cwd=run)  # the same photos from a cache of their own
+    assert "fold 0 is finished already" in again.stdout and len(list((run / "other").glob("*-limit=30-*.npy"))) == 1
 
 
 # ---------------------------------------------------------------------------------------------- what a training says
