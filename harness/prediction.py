@@ -51,7 +51,8 @@ def prepare_prediction(args, n_folds, predicts_with):
     if len(checkpoints) < n_folds:
         say(f"note: by the networks of {len(checkpoints)} of {n_folds} folds only")
     say(f"{args.backbone} on {len(indices)} x {kind}, precision {args.precision}; from {args.log_dir}:")
-    print(checkpoints.to_string(index=False), flush=True)
+    shown = checkpoints.drop(columns=[name for name in checkpoints if name.startswith("last_")])
+    print(shown.to_string(index=False), flush=True)
     return checkpoints
 
 
