@@ -189,8 +189,8 @@ class Run:
             ) from error
         except torch.OutOfMemoryError as error:
             self._advise_smaller_parts("the GPU's memory", error)
-        except RuntimeError as error:  # what torch makes of it on a CPU
-            if "DefaultCPUAllocator" not in str(error):
+        except RuntimeError as error:  # what torch and oneDNN make of it on a CPU
+            if not re.search("DefaultCPUAllocator|could not create a primitive$|bad_alloc", str(error)):
                 raise
             self._advise_smaller_parts("the memory", error)
 

@@ -270,14 +270,14 @@ def test_a_quick_look_takes_a_part_of_the_photos_and_overwrites_nothing(sample, 
 
 
 def test_a_quick_look_uses_the_cache_of_all_photos_and_leaves_it(done, sample, run):
-    caches = {path.name: path.stat().st_mtime_ns for path in (run / "image_cache").glob("*.npy")}
+    caches = {path.name: path.stat().st_mtime_ns for path in (run / "image_cache").glob("*-train-*.npy")}
     assert len(caches) == 1
     soft = pd.read_csv(sample / "train.csv")  # of all photos: those that are left out do not disturb
     soft.to_csv(run / "soft_labels.csv", index=False)
     options = ["--limit", 30, "--log_dir", "quick", "--soft_labels_filename", "soft_labels.csv"]
     train = ["train.py", "--data_dir", sample, *QUICK, "--folds", 0, *options]
     run_script(*train, cwd=run)
-    assert {path.name: path.stat().st_mtime_ns for path in (run / "image_cache").glob("*.npy")} == caches
+    assert {path.name: path.stat().st_mtime_ns for path in (run / "image_cache").glob("*-train-*.npy")} == caches
     again = run_script(*train, "--cache_dir", "other", cwd=run)  # the same photos from a cache of their own
     assert "fold 0 is finished already" in again.stdout and len(list((run / "other").glob("*-limit=30-*.npy"))) == 1
 
