@@ -219,7 +219,7 @@ def draw_charts(table, metrics, best):
 
 
 def show_tta(args, photos, networks):
-    """The photo that its network is least certain of in its eight TTA views: dict for the page."""
+    """The photo that its network is least certain of in its TTA views: dict for the page."""
     row = int(photos.table[list(CLASSES)].max(axis=1).idxmin())
     entry, small = photos.table.loc[row], photos.show(row)
     name, fold = entry["image_id"], entry["fold"]

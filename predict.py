@@ -41,7 +41,6 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from analysis.heat_maps import SHOWN, encode_jpeg, heat_maps, overlay, shrink
 from dataset import LeafDataset, load_photo, train_augmentation
 from harness.console import InputError, say, stop_cleanly
 from harness.files import atomic_write, make_folder, write_csv
@@ -106,6 +105,8 @@ def classify(args, networks, images, names):
 
 def write_heat_map(path, photo, image, predicted, networks):
     """Write the photo beside its heat map for the class `predicted`, the mean of the networks' maps, as JPEG."""
+    from analysis.heat_maps import SHOWN, encode_jpeg, heat_maps, overlay, shrink  # seconds, for whoever wants maps
+
     heat = np.mean([heat_maps(network, image[None], [predicted])[0] for network in networks.values()], axis=0)
     photo = shrink(photo, 2 * SHOWN)
     with atomic_write(path) as file:

@@ -143,7 +143,7 @@ def test_a_killed_prediction_goes_on_to_the_same_bytes_and_a_finished_one_is_not
     for folder in (whole, killed):
         shutil.copytree(trained, folder)
     options = ["--folds", 0, 1, "--val_batch_size", 8, "--num_workers", 0]
-    run_and_die("generate_soft_labels", "never", whole, *options)
+    run_and_die("generate_soft_labels", "never", whole, *options, cold=True)
     run_and_die("generate_soft_labels", "batch:1", killed, *options)  # of 4 for the 17 photos out of fold
     run_and_die("generate_soft_labels", "batch:20", killed, *options)  # of 24 for the test photos
     kept = np.load(next((killed / "logs" / "predictions").glob("test-*.npz")))["probabilities"]
