@@ -16,7 +16,7 @@ test: lint
 	.venv/bin/python -m pytest -n 2 --dist loadfile --durations=15
 
 quick: lint
-	.venv/bin/python -m pytest -n 2 --dist loadfile $(RECIPE)
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(RECIPE)
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .

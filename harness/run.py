@@ -189,8 +189,9 @@ class Run:
             ) from error
         except torch.OutOfMemoryError as error:
             self._advise_smaller_parts("the GPU's memory", error)
-        except RuntimeError as error:  # what torch and oneDNN make of it on a CPU
-            if not re.search("DefaultCPUAllocator|could not create a primitive$|bad_alloc", str(error)):
+        except (RuntimeError, MemoryError) as error:  # what torch, oneDNN and Python make of it on a CPU
+            words = "DefaultCPUAllocator|could not create a (primitive|memory)|bad_alloc|Cannot allocate memory"
+            if isinstance(error, RuntimeError) and not re.search(words, str(error)):
                 raise
             self._advise_smaller_parts("the memory", error)
 
@@ -199,8 +200,9 @@ class Run:
         larger = range(args.accumulate_grad_batches + 1, photos // 2 + 1)
         parts = next((parts for parts in larger if photos % parts == 0), None)
         advice = f"--accumulate_grad_batches {parts}: the same {args.train_batch_size} photos a step, in {parts} parts"
+        reason = str(error).splitlines()[0] if str(error) else "MemoryError"
         raise InputError(
-            f"{which} is too small ({str(error).splitlines()[0]}). Type "
+            f"{which} is too small ({reason}). Type "
             + (advice if parts else "a smaller --image_size: the batch cannot be split further")
         ) from error
 

@@ -35,6 +35,7 @@ def job(tmp_path_factory):
     return networks, LeafDataset(photos, [f"Test_{i}" for i in range(11)]), keys, args
 
 
+@pytest.mark.slow
 def test_long_predictions_are_compiled_and_stay_the_same(job, monkeypatch, capsys):
     expected = predict(*job, "short")
     assert "torch.compile" not in capsys.readouterr().out
