@@ -174,9 +174,9 @@ def out_of_fold_path(log_dir, fold):
 
 
 def check_sources(log_dir, sources):
-    """Raise InputError if `sources`, dict of name to path, are not those that log_dir's record names: edited meanwhile."""
+    """Raise InputError if `sources`, dict of name to text, are not those that log_dir's record names: edited meanwhile."""
     recorded = read_hparams(log_dir)["fingerprints"]
-    changed = [name for name, path in sources.items() if recorded.get(name) != digest(read_source(path))]
+    changed = [name for name, text in sources.items() if recorded.get(name) != digest(text)]
     if changed:
         raise InputError(f"{', '.join(changed)}: changed since this training was started")
 
@@ -242,6 +242,13 @@ def collect_results(log_dir, n_folds):
     return results
 
 
+def show_results(results):
+    """Results, or some of their folds, as a table for the terminal: the best epochs only."""
+    print(
+        results.drop(columns=[name for name in results if name.startswith("last_")]).to_string(index=False), flush=True
+    )
+
+
 def read_results(log_dir, folds):
     """The best checkpoint of each fold: DataFrame (fold, epoch, val_loss, val_roc_auc, checkpoint), a row a fold.
 
@@ -266,7 +273,7 @@ def check_definitions(args, definitions):
     elif changed and args.accept_changes:
         say(f"note: predicting in spite of edits since the training: {', '.join(changed)}")
     elif changed:
-        sources = {name: read_source(path) for name, path in training_sources().items()}
+        sources = training_sources()
         raise InputError(
             f"{', '.join(changed)}: edited since the networks of {args.log_dir} were trained, which would predict "
             "something else now. Undo the edit, train anew, or predict all the same with --accept_changes"

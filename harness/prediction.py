@@ -20,8 +20,8 @@ from tqdm import tqdm
 from harness.console import InputError, how_to_go_on, quiet_libraries, say, stop_cleanly
 from harness.devices import autocast, choose_device, choose_precision
 from harness.files import atomic_write, sha256
-from harness.log_dir import adopt_run_options, check_definitions, read_results
-from harness.sources import definition_of, digest, prediction_sources, read_source
+from harness.log_dir import adopt_run_options, check_definitions, read_results, show_results
+from harness.sources import digest, digest_definitions, prediction_sources
 from harness.weights import load_checkpoint
 
 # Pixels in one call of predict from which compiling (10 to 25 s on two cores) saves several times what it costs.
@@ -38,7 +38,7 @@ def prepare_prediction(args, n_folds, predicts_with):
     """
     quiet_libraries()
     adopt_run_options(args)
-    check_definitions(args, {thing.__name__: digest(definition_of(thing)) for thing in predicts_with})
+    check_definitions(args, digest_definitions(predicts_with))
     checkpoints = read_results(args.log_dir, args.folds)
     if (args.cpu_processes or 1) > 1:
         raise InputError("--cpu_processes is for training; prediction uses all cores anyway")
@@ -46,13 +46,12 @@ def prepare_prediction(args, n_folds, predicts_with):
     args.precision = choose_precision(args.precision or "32", kind)  # as the original predicted
     args.devices = [torch.device(kind, index) for index in indices]
     files = [Path(args.log_dir) / name for name in checkpoints["checkpoint"]]
-    sources = [digest(read_source(path)) for path in prediction_sources().values()]
+    sources = map(digest, prediction_sources().values())
     args.fingerprint = " ".join([*map(sha256, files), *sources])
     if len(checkpoints) < n_folds:
         say(f"note: by the networks of {len(checkpoints)} of {n_folds} folds only")
     say(f"{args.backbone} on {len(indices)} x {kind}, precision {args.precision}; from {args.log_dir}:")
-    shown = checkpoints.drop(columns=[name for name in checkpoints if name.startswith("last_")])
-    print(shown.to_string(index=False), flush=True)
+    show_results(checkpoints)
     return checkpoints
 
 

@@ -27,8 +27,9 @@ from harness.log_dir import (
     remove_fold,
     result_path,
     resume_path,
+    show_results,
 )
-from harness.sources import definition_of, digest, read_source, training_sources
+from harness.sources import digest_definitions, training_sources
 from harness.weights import load_checkpoint
 
 TRAINER = {  # what pl.Trainer would do by itself, and what we do in its place or not at all
@@ -105,10 +106,8 @@ class Run:
             inputs |= {"soft labels": args.soft_labels_filename}
             fingerprints = {name: sha256(path) for name, path in inputs.items() if path is not None}
             fingerprints["the photos"] = data.images.digest()
-            definitions = {thing.__name__: digest(definition_of(thing)) for thing in predicts_with}
-            sources = {name: read_source(path) for name, path in training_sources().items()}
-            rows = args, self.n_folds, data.image_ids, data.folds
-            locks = open_log_dir(*rows, fingerprints, definitions, sources, devices)
+            rows, definitions = (data.image_ids, data.folds), digest_definitions(predicts_with)
+            locks = open_log_dir(args, self.n_folds, *rows, fingerprints, definitions, training_sources(), devices)
             say(f"{args.backbone} from {weights or 'scratch'}, {devices}, precision {args.precision}")
         # The others wait, or they would read the log directory of before.
         if wait_for_all:
@@ -151,7 +150,7 @@ class Run:
                 self._train_unless_finished(fold, train_fold)
         if self.is_writer:
             results = collect_results(args.log_dir, self.n_folds)
-            print(results.drop(columns=[name for name in results if name.startswith("last_")]).to_string(index=False))
+            show_results(results)
             self._summarise(results)
 
     def _summarise(self, results):

@@ -55,13 +55,13 @@ def own_imports(node, path):
 
 
 def training_sources():
-    """The files that a training runs."""
-    return imported_files("train.py")
+    """The files that a training runs, as they are now: dict of name to text."""
+    return {name: read_source(path) for name, path in imported_files("train.py").items()}
 
 
 def prediction_sources():
-    """The files that a prediction runs."""
-    return imported_files("inference.py")
+    """The files that a prediction runs, as they are now: dict of name to text."""
+    return {name: read_source(path) for name, path in imported_files("inference.py").items()}
 
 
 # ---------------------------------------------------------------------------------------------- what they say
@@ -133,6 +133,11 @@ def top_level(file):
             if module in files and not files[module].startswith("harness/"):
                 imported[alias.asname or name] = (files[module], there)
     return text, defined, imported
+
+
+def digest_definitions(things):
+    """What functions and classes of the recipe do: dict of their names to the digests of their definitions."""
+    return {thing.__name__: digest(definition_of(thing)) for thing in things}
 
 
 def definition_of(thing):
