@@ -9,20 +9,21 @@ Expect  0.98354 public and 0.98253 private at Kaggle (published).
 
 import argparse
 
-from harness.command_line import HelpFormatter, file_or_folder, positive
+from harness.command_line import HelpFormatter, file_or_folder, parse_args, positive
 from harness.console import say
 from harness.files import write_csv
-from harness.tables import read_probabilities
+from harness.tables import note_no_distributions, read_scores
 from utils import CLASSES, output_name
 
 
 def main(args):
     classes = list(CLASSES)
     *submissions, output = [output_name(name, args.limit) for name in [*args.submissions, args.output]]
-    mix = read_probabilities(submissions[0], CLASSES)
-    for path in submissions[1:]:
-        mix[classes] += read_probabilities(path, CLASSES, mix["image_id"])[classes]
-    mix[classes] /= len(submissions)
+    mix = read_scores(submissions[0], CLASSES)
+    tables = [mix[classes], *(read_scores(path, CLASSES, mix["image_id"])[classes] for path in submissions[1:])]
+    for path, table in zip(submissions, tables, strict=True):
+        note_no_distributions(path, table.to_numpy())
+    mix[classes] = sum(tables) / len(tables)
     write_csv(output, mix)
     say(f"wrote {output}: the mean of {' and '.join(submissions)}, {len(mix)} rows")
 
@@ -42,4 +43,4 @@ if __name__ == "__main__":
     group.add_argument(
         "--output", type=file_or_folder, default="submission_mix.csv", metavar="CSV", help="where the mean goes"
     )
-    main(parser.parse_args())
+    main(parse_args(parser))

@@ -19,7 +19,11 @@ def make_analysis_parser():
     parser = make_prediction_parser(__doc__)
     group = parser.add_argument_group("error analysis")
     group.add_argument(
-        "--worst", type=positive, default=24, metavar="N", help="wrong photos with heat maps, suspects with pictures"
+        "--worst",
+        type=positive,
+        default=24,
+        metavar="N",
+        help="wrong photos, suspects and pairs of near-duplicates that are shown",
     )
     return parser
 
@@ -35,6 +39,7 @@ import numpy as np
 import pandas as pd
 from cleanlab.filter import find_label_issues
 from jinja2 import Environment, FileSystemLoader
+from joblib import cpu_count
 from PIL import Image
 from tqdm import tqdm
 
@@ -44,7 +49,7 @@ from dataset import fit_photo, read_train
 from harness.console import InputError, say
 from harness.files import atomic_write, write_csv
 from harness.log_dir import read_folds, read_own_csv
-from harness.photos import read_photo
+from harness.photos import photo_paths, read_photo
 from harness.prediction import predict, stopping_cleanly
 from inference import load_trained, predict_out_of_fold
 
@@ -97,22 +102,25 @@ def find_suspects(labels, probabilities):
 
 
 def hash_photo(photo):
-    """64-bit perceptual hashes of a photo and its three mirror images: int8 (4, 64) of -1 and 1."""
-    lying = fit_photo(photo, (128, 128))  # portrait ones transposed, so that a turned photo is a mirror image
-    mirrored = [lying, lying[::-1], lying[:, ::-1], lying[::-1, ::-1]]
-    bits = [imagehash.phash(Image.fromarray(np.ascontiguousarray(one))).hash.ravel() for one in mirrored]
+    """64-bit perceptual hashes of a photo as it is, mirrored and turned in all eight ways: int8 (8, 64) of -1 and 1."""
+    square = fit_photo(photo, (128, 128))
+    ways = [way[::up, ::left] for way in (square, square.transpose(1, 0, 2)) for up in (1, -1) for left in (1, -1)]
+    bits = [imagehash.phash(Image.fromarray(np.ascontiguousarray(one))).hash.ravel() for one in ways]
     return np.where(bits, 1, -1).astype(np.int8)
 
 
 def find_near_duplicates(hashes):
-    """Pairs (i, j), i < j, of photos that show nearly the same, however mirrored; hashes: int8 (n, 4, 64)."""
-    own = hashes[:, 0].astype(np.float32)
-    pairs = []
-    for start in range(0, len(own), 1000):  # a block of rows at a time: n x n would not fit for large n
-        agreement = np.einsum("ib,jmb->ijm", own[start : start + 1000], hashes.astype(np.float32), optimize=True)
-        close = (64 - agreement.max(2)) / 2 <= NEAR_DUPLICATE
-        pairs += [(int(i) + start, int(j)) for i, j in np.argwhere(close) if i + start < j]
-    return pairs
+    """Pairs (i, j), i < j, of photos that show nearly the same, however mirrored or turned, the nearest first.
+
+    hashes: int8 (n, 8, 64).
+    """
+    own, found = hashes[:, 0].astype(np.float32), []
+    for start in range(0, len(own), 500):  # a block of rows at a time: n x n would not fit for large n
+        agreement = np.einsum("ib,jmb->ijm", own[start : start + 500], hashes.astype(np.float32), optimize=True)
+        distance = (64 - agreement.max(2)) / 2
+        close = np.argwhere(distance <= NEAR_DUPLICATE)
+        found += [(distance[i, j], int(i) + start, int(j)) for i, j in close if i + start < j]
+    return [(i, j) for _, i, j in sorted(found)]
 
 
 def add_suspicions(table, hashes):
@@ -128,7 +136,7 @@ def add_suspicions(table, hashes):
     for i, j in pairs:
         twins[i].append(table["image_id"][j])
         twins[j].append(table["image_id"][i])
-    table["near_duplicates"] = [" ".join(twins[row]) for row in table.index]
+    table["near_duplicates"] = ["/".join(twins[row]) for row in table.index]  # no image_id holds this character
     return pairs
 
 
@@ -140,7 +148,7 @@ class Photos:
 
     def __init__(self, table, args):
         self.table, self.args = table, args
-        self.paths = [Path(args.data_dir) / "images" / f"{image_id}.jpg" for image_id in table["image_id"]]
+        self.paths = photo_paths(Path(args.data_dir) / "images", table["image_id"])
 
     def decode(self, row):
         return read_photo(self.paths[row])
@@ -155,13 +163,13 @@ class Photos:
         return fit_photo(photo, sorted(photo.shape[:2]))
 
     def look(self):
-        """A thumbnail of each, list of data URIs, and their perceptual hashes, int8 (n, 4, 64)."""
+        """A thumbnail of each, list of data URIs, and their perceptual hashes, int8 (n, 8, 64)."""
 
         def look_at(row):
             photo = shrink(self.decode(row))
             return data_uri(shrink(photo, THUMBNAIL), 60), hash_photo(photo)
 
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(cpu_count()) as pool:
             looked = pool.map(look_at, self.table.index)
             thumbnails, hashes = zip(*tqdm(looked, "look at photos", len(self.table), unit="photo"), strict=True)
         return list(thumbnails), np.array(hashes)
@@ -263,7 +271,8 @@ def main(args):
     leaking = [(i, j) for i, j in pairs if table["fold"][i] != table["fold"][j]]
     suspects = table["suspect"].dropna().sort_values().index.tolist()
     pictures = photos.explain(explained, networks)
-    for row in {*suspects[: args.worst], *(row for pair in pairs[: args.worst] for row in pair)} - set(pictures):
+    pairs_shown = [*contradicting[: args.worst], *leaking[: args.worst]]
+    for row in {*suspects[: args.worst], *(row for pair in pairs_shown for row in pair)} - set(pictures):
         pictures[row] = {"photo": data_uri(shrink(photos.decode(row)))}
 
     table = table.round(6)

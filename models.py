@@ -114,9 +114,10 @@ class LeafModule(pl.LightningModule):
         return F.cross_entropy(logits, labels, reduction=reduction)
 
     def configure_optimizers(self):
-        # Fused is faster on the CPU; on GPUs it would bar gradient clipping under fp16's loss scaling.
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, fused=self.device.type == "cpu")
+        # Fused is faster, but under fp16's loss scaling the clipping would see gradients that are still scaled.
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, fused=fused)
         schedule = SCHEDULES[self.lr_schedule](optimizer, self.learning_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
 

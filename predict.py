@@ -33,61 +33,84 @@ def make_photo_parser():
 if __name__ == "__main__":  # before the imports that take seconds: a typo should not wait for them
     ARGS = parse_args(make_photo_parser())
 
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from joblib import cpu_count
 from tqdm import tqdm
 
-from dataset import LeafDataset, load_photo, train_augmentation
+from dataset import LeafDataset, fit_photo, load_photo, train_augmentation
 from harness.console import InputError, say, stop_cleanly
 from harness.files import atomic_write, make_folder, write_csv
-from harness.photos import read_photo
+from harness.photos import looks_like_photo, read_photo
 from harness.prediction import predict
 from inference import load_trained
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".jp2"}  # what is a photo in a folder
 AT_ONCE = 256  # photos in memory
+LONGEST_NAME = 150  # bytes of a photo's name that go into the name of its heat map: file systems take 255 in all
+OF_SYSTEMS = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
+
+
+def report(problem):
+    """Print what is wrong, in one write: several threads do so at once."""
+    sys.stderr.write(f"error: {problem}\n")
 
 
 def find_photos(names):
-    """The photos of files and folders, in that order, list of Path, none twice, and the number of folders without one.
+    """The photos of files and folders, in that order, list of Path, none twice, and how many folders gave none.
 
-    A file that is named is taken whatever its suffix.
+    A file that is named is taken whatever it is; in folders, and those below or linked there, what looks like a photo.
     """
     paths, empty = [], 0
     for name in map(Path, names):
         if not name.is_dir():
             paths.append(name)
             continue
-        files = sorted(path for path in name.rglob("*") if path.is_file() or path.is_symlink())
-        photos = [path for path in files if path.suffix.lower() in SUFFIXES]
-        if len(photos) < len(files):
-            others = [str(path) for path in files if path.suffix.lower() not in SUFFIXES]
-            say(f"note: left out of {name}, as no photos: {', '.join(others[:3])}{' …' * (len(others) > 3)}")
-        if not photos:
-            print(f"error: {name} holds no photo ({', '.join(sorted(SUFFIXES))})", file=sys.stderr, flush=True)
+        photos, others, problems = search_folder(name)
+        for problem in problems or [f"{name} holds no photo"] * (not photos):
+            report(problem)
             empty += 1
+        if others:
+            shown = ", ".join(map(str, others[:3]))
+            say(f"note: left out of {name}, as no photos: {shown}{' …' * (len(others) > 3)}")
         paths += photos
     return list(dict.fromkeys(paths)), empty
 
 
-def load_or_report(path, image_size):
-    """The photo as the networks see it, or None if it cannot be used: the reason then goes to stderr.
+def search_folder(folder):
+    """The files below a folder, links followed, no folder twice: those that look like photos, all others, and problems.
 
-    In one write each: several threads do so at once.
+    What begins with a dot, or what systems leave beside photos, is among the others without being looked at.
     """
+    photos, others, problems, seen = [], [], [], set()
+    for parent, folders, files in os.walk(folder, onerror=problems.append, followlinks=True):
+        place = os.stat(parent)
+        hidden = [name for name in folders + files if name.startswith(".") or name.lower() in OF_SYSTEMS]
+        if (place.st_dev, place.st_ino) in seen:  # a link leads here again, perhaps in a circle
+            folders.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        folders[:] = sorted(set(folders) - set(hidden))
+        others += [Path(parent) / name for name in hidden]
+        for path in sorted(Path(parent) / name for name in set(files) - set(hidden)):
+            (photos if looks_like_photo(path) else others).append(path)
+    problems = [f"the folder {problem.filename} cannot be read: {problem.strerror}" for problem in problems]
+    return sorted(photos), sorted(others), problems
+
+
+def load_or_report(path, image_size):
+    """The photo as the networks see it, or None if it cannot be used: the reason then goes to stderr."""
     try:
         str(path).encode()
         return load_photo(path, image_size)
     except UnicodeEncodeError:
-        sys.stderr.write(f"error: {path} cannot be written down, its name is not UTF-8: rename it\n")
-        return None
+        report(f"{path} cannot be written down, its name is not UTF-8: rename it")
     except InputError as error:
-        sys.stderr.write(f"{error}\n")
-        return None
+        report(str(error).removeprefix("error: "))
 
 
 def classify(args, networks, images, names):
@@ -113,6 +136,17 @@ def write_heat_map(path, photo, image, predicted, networks):
         file.write(encode_jpeg(np.hstack([photo, overlay(photo, heat)]), 90))
 
 
+def draw_heat_maps(folder, paths, predicted, args, networks):
+    """Write a heat map of each photo for its predicted class, int (n,), into a folder, under a name that it can have."""
+    for number, (path, k) in enumerate(
+        tqdm(zip(paths, predicted, strict=True), "heat maps", len(paths), unit="photo"), 1
+    ):
+        photo = read_photo(path)
+        stem = path.stem.encode()[:LONGEST_NAME].decode(errors="ignore")
+        name = Path(folder) / f"{number:04d}-{stem}-{CLASSES[k]}.jpg"
+        write_heat_map(name, photo, fit_photo(photo, args.image_size), k, networks)
+
+
 def main(args):
     if Path(args.output).is_dir():
         raise InputError(f"--output {args.output} is a folder: name a file")
@@ -121,37 +155,34 @@ def main(args):
     if args.heat_maps is not None:
         make_folder(args.heat_maps)
 
-    parts, done = [], 0
+    parts, done = [], []
     for start in range(0, len(paths), AT_ONCE):
         some = paths[start : start + AT_ONCE]
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(cpu_count()) as pool:
             images = list(pool.map(lambda path: load_or_report(path, args.image_size), some))
         good = [(path, image) for path, image in zip(some, images, strict=True) if image is not None]
-        if not good:
-            continue
-        some, images = zip(*good, strict=True)
-        probabilities = classify(args, networks, images, [path.stem for path in some])
-        parts.append(pd.DataFrame(probabilities, columns=list(CLASSES)).assign(image=[str(path) for path in some]))
-        if args.heat_maps is not None:
-            rows = zip(some, images, probabilities.argmax(1), strict=True)
-            for number, (path, image, k) in enumerate(tqdm(rows, "heat maps", len(some), unit="photo"), done + 1):
-                name = Path(args.heat_maps) / f"{number:04d}-{path.stem}-{CLASSES[k]}.jpg"
-                write_heat_map(name, read_photo(path), image, k, networks)
-        done += len(some)
-    if not parts:
+        if good:
+            some, images = zip(*good, strict=True)
+            parts.append(classify(args, networks, images, [path.stem for path in some]))
+            done += some
+    if not done:
         raise InputError("no photo could be read, nothing is written")
 
-    predictions = pd.concat(parts, ignore_index=True)[["image", *CLASSES]]
+    predictions = pd.DataFrame(np.concatenate(parts), columns=list(CLASSES))
+    predictions.insert(0, "image", [str(path) for path in done])
     write_csv(args.output, predictions)
-    predicted = np.array(CLASSES)[predictions[list(CLASSES)].to_numpy().argmax(1)]
-    table = predictions.assign(prediction=predicted)[["image", "prediction", *CLASSES]]
+    args.written = True
+    predicted = predictions[list(CLASSES)].to_numpy().argmax(1)
+    table = predictions.assign(prediction=np.array(CLASSES)[predicted])[["image", "prediction", *CLASSES]]
     print(table.to_string(index=False, float_format="{:.3f}".format), flush=True)
     say(f"wrote {args.output}: {len(predictions)} photos")
+    if args.heat_maps is not None:
+        draw_heat_maps(args.heat_maps, done, predicted, args, networks)
     bad = len(paths) - len(predictions)
     if bad or empty:
         raise InputError(f"{bad} of {len(paths)} photos could not be read, {empty} folders held none, see above")
 
 
 if __name__ == "__main__":
-    with stop_cleanly(lambda: "nothing is written yet"):
+    with stop_cleanly(lambda: f"{ARGS.output} is written" if vars(ARGS).get("written") else "nothing is written yet"):
         main(ARGS)

@@ -1,7 +1,6 @@
 """What every script shares: the classes, the one command line, seeds, the fold split, the metric."""
 
 import argparse
-import os
 
 import numpy as np
 
@@ -16,11 +15,13 @@ N_FOLDS = 5
 
 def make_parser(doc, log_dir="logs"):
     """What all scripts but blend.py take; `doc` is the script's docstring, `log_dir` its default log directory."""
+    from joblib import cpu_count  # knows what a container or a job may use; blend.py need not wait for it
+
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
     size = {"type": pixels, "nargs": 2, "metavar": ("H", "W")}
     folds = {"type": int, "nargs": "+", "choices": range(N_FOLDS)}
     gpus = {"type": not_negative, "nargs": "+", "metavar": "GPU"}
-    workers = min(8, os.cpu_count())
+    workers = min(8, cpu_count())
 
     files = parser.add_argument_group("files")
     files.add_argument(
@@ -57,7 +58,9 @@ def make_parser(doc, log_dir="logs"):
     hardware.add_argument(
         "-vbs", "--val_batch_size", type=positive, default=16, help="photos a batch in validation and prediction"
     )
-    hardware.add_argument("--num_workers", type=not_negative, default=workers, help="processes that load photos")
+    hardware.add_argument(
+        "--num_workers", type=not_negative, default=workers, help="processes that load photos, for each device"
+    )
     return parser
 
 

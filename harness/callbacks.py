@@ -11,11 +11,13 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch.utils.tensorboard import SummaryWriter
 
 from harness.console import say
+from harness.devices import refuse_differences
 from harness.files import atomic_write, remove, write_csv
 from harness.log_dir import resume_path
 from harness.weights import load_checkpoint
 
 ONLY_IN_THE_BAR = {"loss", "lr"}  # of the last step; all other metrics are of the epoch
+LOOK_EVERY = 50  # steps
 RESUME_EVERY = 30  # seconds: the optimizer's state is 306 MB, about a second to write
 
 
@@ -102,23 +104,45 @@ class LossNotFinite(Exception):
 
 
 class StopIfNotFinite(pl.Callback):
-    """Raises LossNotFinite at the step after the one whose loss is nan or infinite: a GPU need not wait for the answer."""
+    """Raises LossNotFinite, with the rows of the first batch whose loss is nan or infinite, before the next validation.
 
-    last = None
+    The losses are looked at together, after every LOOK_EVERY steps: each look makes a GPU wait.
+    """
 
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        self.check()
+    def __init__(self):
+        self.seen = []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.last = outputs["loss"], batch["row"]
+        self.seen.append((outputs["loss"].detach(), batch["row"]))
+        if len(self.seen) == LOOK_EVERY or self.seen[0][0].device.type == "cpu":
+            self.look()
 
     def on_validation_start(self, trainer, module):
-        self.check()
+        self.look()
 
-    def check(self):
-        if self.last is not None and not torch.isfinite(self.last[0]):
-            raise LossNotFinite(self.last[0].item(), self.last[1].cpu().numpy())
-        self.last = None
+    def look(self):
+        if self.seen:
+            losses = torch.stack([loss for loss, _ in self.seen]).cpu()
+            bad = (~losses.isfinite()).nonzero()
+            if len(bad):
+                raise LossNotFinite(losses[bad[0]].item(), self.seen[bad[0].item()][1].cpu().numpy())
+            self.seen = []
+
+
+class SameInAllProcesses(pl.Callback):
+    """Raises InputError before the first step if one of several processes would train something else than the first.
+
+    facts: dict of name to value, of what is trained; epoch_log: EpochLog of the fold, which knows where it goes on.
+    """
+
+    def __init__(self, facts, epoch_log):
+        self.facts, self.epoch_log = facts, epoch_log
+
+    def setup(self, trainer, module, stage):
+        if trainer.world_size > 1:
+            refuse_differences(
+                {"fold": self.epoch_log.fold, "the epoch to begin with": len(self.epoch_log.rows)} | self.facts
+            )
 
 
 class OwnSignals(pl.Callback):

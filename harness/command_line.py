@@ -51,6 +51,9 @@ def pixels(text):
 
 def parse_args(parser, argv=None):
     """Parse `argv`; `args.typed` is the set of option names that were given, not left at their defaults."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show must not end the script
+            stream.reconfigure(errors="backslashreplace")
     argv = sys.argv[1:] if argv is None else argv
     for word in argv:  # argparse's allow_abbrev=False leaves -t for -tbs alone
         if re.match("-[A-Za-z]", word) and word.split("=")[0] not in parser._option_string_actions:

@@ -3,10 +3,14 @@
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+PATIENCE = 10  # seconds that a signal waits for the main thread, which may wait in C for another process or device
 
 
 class InputError(SystemExit):
@@ -16,11 +20,11 @@ class InputError(SystemExit):
         super().__init__(f"error: {message}")
 
 
-def raise_all(path, problems):
-    """Raise one InputError with all `problems` of a file (the first ten of them in full), if there are any."""
+def raise_all(path, problems, shown=10):
+    """Raise one InputError with the `problems` of a file or folder, if there are any: the first `shown`, None for all."""
     if problems:
-        more = f" … and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise InputError(f"{path}: " + "; ".join(problems[:10]) + more)
+        more = f" … and {len(problems) - shown} more" if shown and len(problems) > shown else ""
+        raise InputError(f"{path}: " + "; ".join(problems[:shown]) + more)
 
 
 def is_first_process():
@@ -47,15 +51,15 @@ class Stopped(SystemExit):
 def stop_cleanly(kept):
     """Within the block Ctrl-C and SIGTERM raise Stopped; before the process ends it prints what is kept: `kept()`.
 
-    Loader workers forked meanwhile ignore both signals: the process that started them ends them.
+    A second Ctrl-C always ends it at once, and so does the first signal if the main thread does not answer in PATIENCE
+    seconds. Loader workers forked meanwhile ignore both signals: the process that started them ends them.
     """
-    received = []
+    received, tidying = [], threading.Event()
     owner, before = os.getpid(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def stop(number, frame):
-        if os.getpid() == owner:
-            for handled in before:  # a second one would cut the tidying short
-                signal.signal(handled, signal.SIG_IGN)
+        if os.getpid() == owner and not received:
+            tidying.set()
             if hasattr(
                 signal, "SIGCHLD"
             ):  # torch's handler raises an error for a worker that the same signal has ended
@@ -63,16 +67,76 @@ def stop_cleanly(kept):
             received.append(number)
             raise Stopped(128 + number)
 
-    for number in before:
-        signal.signal(number, stop)
+    with end_in_time(tidying):
+        for number in before:
+            signal.signal(number, stop)
+        try:
+            yield
+        except BaseException as error:  # torch.save, interrupted, makes a RuntimeError of it
+            if not received and not isinstance(error, Stopped):
+                raise
+            if text := kept():
+                say(f"stopped: {text}")
+            raise Stopped(128 + received[0] if received else error.code) from error
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def end_in_time(tidying):
+    """Within the block a thread hears of every signal, also while the main thread, which handles them, waits in C.
+
+    It ends the process at a second Ctrl-C, or if `tidying` (threading.Event) is not set in PATIENCE seconds.
+    """
+    ear, mouth = socket.socketpair()
+    mouth.setblocking(False)
+
+    def listen():
+        first = None
+        while True:
+            try:
+                number = next(iter(ear.recv(1)), None)
+            except TimeoutError:
+                if not tidying.is_set():
+                    leave(first)
+                ear.settimeout(None)
+                continue
+            if number is None:  # the block is over
+                return
+            if first is None and number in (signal.SIGINT, signal.SIGTERM):
+                first = number
+                ear.settimeout(PATIENCE)
+            elif number == signal.SIGINT:
+                leave(number)
+
+    def leave(number):
+        with suppress(OSError):
+            os.write(2, b"ended at once: what was written before is whole, and is kept\n")
+        os._exit(128 + number)
+
+    before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
     try:
         yield
-    except BaseException as error:  # torch.save, interrupted, makes a RuntimeError of it
-        if not received and not isinstance(error, Stopped):
-            raise
-        if text := kept():
-            say(f"stopped: {text}")
-        raise Stopped(128 + received[0] if received else error.code) from error
+    finally:
+        signal.set_wakeup_fd(before)
+        mouth.close()
+        thread.join()
+        ear.close()
+
+
+if hasattr(os, "register_at_fork"):  # or a loader's worker would report its signals to the thread of its parent
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+
+
+@contextmanager
+def default_signals():
+    """Within the block, which waits in C, where no Python handler runs, Ctrl-C and SIGTERM end the process at once."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

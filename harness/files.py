@@ -8,7 +8,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from harness.console import InputError
+from harness.console import InputError, say
+
+WAIT = 60 * 60  # seconds for another process: decoding all photos, from a slow disk, may take that long
 
 
 @contextmanager
@@ -69,31 +71,51 @@ def write_csv(path, frame):
         frame.to_csv(file, index=False, lineterminator="\n")
 
 
+def why_not_writable(folder):
+    """Why no file can be written in a folder, which is made if need be, as text, or None."""
+    try:
+        make_folder(folder)
+        tempfile.TemporaryFile(dir=folder).close()
+    except InputError as error:
+        return str(error).removeprefix("error: ")
+    except OSError as error:
+        return f"cannot write in {folder}: {error.strerror}"
+
+
 def sha256(path):
     """SHA-256 of a file, as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def lock_file(path, wait=True):
+def lock_file(path, wait=True, hint=""):
     """Hold a lock, for a `with` or until it is released or the process ends; None if it is taken and `wait` is False.
 
-    Raises InputError if the lock's file cannot be made.
+    Raises InputError if the lock's file cannot be made, with the `hint` what to type, or if another process holds it for
+    longer than WAIT seconds.
     """
-    make_folder(Path(path).parent)
+    make_folder(Path(path).parent, hint)
+    lock = FileLock(path)
     try:
-        lock = FileLock(path)
-        lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        return None
+        try:
+            lock.acquire(timeout=min(10, WAIT) if wait else 0)
+        except Timeout:
+            if not wait:
+                return None
+            say(f"another process is at work in {Path(path).parent}: waiting for it, {WAIT / 60:.0f} minutes at most")
+            lock.acquire(timeout=WAIT)
+    except Timeout as error:
+        raise InputError(
+            f"another process has held {path} for {WAIT / 60:.0f} minutes: end it, or use another folder"
+        ) from error
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+        raise InputError(f"cannot write {path}: {error.strerror}{hint}") from error
     return lock
 
 
-def make_folder(path):
-    """Make a folder and those above it. Raises InputError if that is not possible."""
+def make_folder(path, hint=""):
+    """Make a folder and those above it. Raises InputError, with the `hint` what to type, if that is not possible."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make the folder {path}: {error.strerror}") from error
+        raise InputError(f"cannot make the folder {path}: {error.strerror}{hint}") from error

@@ -7,18 +7,24 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
 from queue import SimpleQueue
 
+from joblib import cpu_count
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning_fabric.strategies import DDPStrategy
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from harness.console import InputError, Stopped, how_to_go_on
+from harness.console import InputError, Stopped, default_signals, how_to_go_on
 
 LAUNCHED = "PLANT_PATHOLOGY_LAUNCHED"  # the process id of the train.py that has started this one
 IS_LAUNCHED = LAUNCHED in os.environ
+WAIT = 30 * 60  # seconds for the other processes: each machine may first have to decode all photos
 
 
 def cluster_environment():
@@ -43,20 +49,52 @@ def is_one_of_several_processes():
 def join_processes(device, indices, num_nodes):
     """Meet the processes that torchrun or srun has started beside this one; returns a function that waits for them.
 
-    Raises InputError if there are not as many as `indices` (the devices of each machine) and `num_nodes` promise.
+    Raises InputError if there are not as many as `indices` (the devices of each machine) and `num_nodes` promise, or if
+    they do not come within WAIT seconds.
     """
+    environment = cluster_environment()
     try:
         fabric = Fabric(
             accelerator="gpu" if device == "cuda" else "cpu",
             devices=indices if device == "cuda" else len(indices),
             num_nodes=num_nodes,
-            strategy="ddp",
-            plugins=[cluster_environment()],
+            strategy=DDPStrategy(timeout=timedelta(seconds=WAIT)),
+            plugins=[environment],
         )
-        fabric.launch()
+        with waiting_for_others(environment):
+            fabric.launch()
     except ValueError as error:  # Lightning's, about numbers that do not fit
         raise InputError(f"{' '.join(str(error).split())} (see --gpus, --cpu_processes and --num_nodes)") from error
-    return fabric.barrier
+
+    def wait_for_all():
+        with waiting_for_others(environment):
+            fabric.barrier()
+
+    return wait_for_all
+
+
+@contextmanager
+def waiting_for_others(environment):
+    """Within the block, which waits in C for the other processes: say so after 10 seconds, and let signals end it.
+
+    Raises InputError if they do not come within WAIT seconds, or have ended.
+    """
+    rank, n = environment.global_rank(), environment.world_size()
+    what = f"process {rank} of {n} waits for the others at {environment.main_address}:{environment.main_port}"
+    text = f"{what}, for {timedelta(seconds=WAIT)} at most; Ctrl-C ends it"
+    timer = threading.Timer(10, print, (f"[{time.strftime('%H:%M:%S')}] {text}",), {"flush": True})
+    timer.start()
+    try:
+        with default_signals():
+            yield
+    except (DistError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{what} in vain ({reason}): see what they say, whether all {n} were started, and whether this address and "
+            "port can be reached from each machine"
+        ) from error
+    finally:
+        timer.cancel()
 
 
 def end_with_launcher():
@@ -78,7 +116,7 @@ def share_cores(n):
     return {
         **os.environ,
         LAUNCHED: str(os.getpid()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, os.cpu_count() // n))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cpu_count() // n))),
     }
 
 
@@ -108,10 +146,10 @@ def launch_processes(n):
         raise Stopped(128 + error.sigval) from error
 
 
-def launch_folds(folds, device, indices):
+def launch_folds(folds, device, indices, num_workers):
     """Run this command once a fold, each on one device, as many at once as there are devices; returns failed folds.
 
-    Their lines appear behind the number of their fold.
+    num_workers: of each. Their lines appear behind the number of their fold.
     """
     words = [word for word in sys.argv if word != "--parallel_folds"]
     environment, free, running = share_cores(len(indices)), SimpleQueue(), set()
@@ -121,7 +159,7 @@ def launch_folds(folds, device, indices):
     def run(fold):
         index = free.get()
         on = ["--gpus", str(index)] if device == "cuda" else ["--cpu_processes", "1"]
-        command = [sys.executable, *words, "--folds", str(fold), *on]
+        command = [sys.executable, *words, "--folds", str(fold), "--num_workers", str(num_workers), *on]
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         with subprocess.Popen(command, env=environment, text=True, errors="replace", **pipe) as process:
             running.add(process)

@@ -21,18 +21,19 @@ FREE_IN_PREDICTION = FREE_OPTIONS - {"weights", "soft_labels_filename"} | {"prec
 FOLDERS = ("data_dir", "cache_dir")
 
 
-def open_log_dir(args, n_folds, image_ids, folds, fingerprints, definitions, sources, devices):
+def open_log_dir(args, n_folds, image_ids, folds, fingerprints, definitions, sources, devices, environment):
     """Write hparams.yaml, folds.csv and source/ of a new run, or compare with the run that is there already.
 
     image_ids, folds: the rows of train.csv and their folds; fingerprints: dict of input name to SHA-256; definitions:
-    the same of what the networks need to predict as they were trained; sources: dict of file name to text; devices: text.
+    the same of what the networks need to predict as they were trained; sources: dict of file name to text; devices: text;
+    environment: dict of what results depend on to the byte, but which may change.
     args.fresh deletes what the folds of args have left, once nothing speaks against the start; args.accept_changes goes
     on in spite of other options, inputs or source files, and records them.
     Returns locks on the folds of args, to be held while they are trained. Raises InputError if another process trains
     one of them, or if the log directory holds folds of other options, inputs or source files, finished or in work.
     """
     log_dir = Path(args.log_dir)
-    options = {name: value for name, value in vars(args).items() if name not in ("typed", "fresh", "accept_changes")}
+    options = recorded_options(args)
     options |= {name: os.path.abspath(options[name]) for name in FOLDERS}  # the later steps may run in another folder
     options["devices"] = devices
     path, all_folds = log_dir / "hparams.yaml", " ".join(map(str, range(n_folds)))
@@ -43,7 +44,7 @@ def open_log_dir(args, n_folds, image_ids, folds, fingerprints, definitions, sou
         folds_text = "".join(f"{image_id},{fold}\n" for image_id, fold in zip(image_ids, folds, strict=True))
         fingerprints = fingerprints | definitions | {"the folds": hashlib.sha256(folds_text.encode()).hexdigest()}
         fingerprints |= {name: digest(text) for name, text in sources.items()}
-        record = {"format": FORMAT, "options": options, "fingerprints": fingerprints}
+        record = {"format": FORMAT, "options": options, "environment": environment, "fingerprints": fingerprints}
         common, changes = COMMON | set(definitions), []
         if stays and not path.exists():
             raise InputError(
@@ -58,6 +59,7 @@ def open_log_dir(args, n_folds, image_ids, folds, fingerprints, definitions, sou
                     f"told: use another --log_dir, or train all anew with --fresh --folds {all_folds}"
                 )
             changes = list_changes(before, options, fingerprints)
+            note_environment(log_dir, before.get("environment", {}), environment)
             record["accepted_changes"] = before.get("accepted_changes", []) + list(changes.values())
         if changes and (not args.accept_changes or common & set(changes)):
             raise InputError(
@@ -80,6 +82,11 @@ def open_log_dir(args, n_folds, image_ids, folds, fingerprints, definitions, sou
         if changes:
             say(f"note: going on in {log_dir} in spite of: {'; '.join(changes.values())}")
     return locks
+
+
+def recorded_options(args):
+    """The options that hparams.yaml records, dict: all but those that say what to do with what is there already."""
+    return {name: value for name, value in vars(args).items() if name not in ("typed", "fresh", "accept_changes")}
 
 
 def read_kept_sources(log_dir):
@@ -135,6 +142,16 @@ def list_changes(before, options, fingerprints):
     return changes | {
         name: f"{name}: changed" for name in names if before["fingerprints"].get(name) != fingerprints.get(name)
     }
+
+
+def note_environment(log_dir, before, now):
+    """Say what of the environment, dicts of name to value, is another than at the start of a run."""
+    others = [f"{name} was {before[name]}, is {now.get(name)}" for name in before if before[name] != now.get(name)]
+    if others:
+        say(
+            f"note: {log_dir} was begun in another environment ({'; '.join(others)}): results may differ in their last "
+            "digits from those of an uninterrupted run"
+        )
 
 
 def remove_fold(log_dir, fold):

@@ -1,9 +1,12 @@
 """Photos: decoding, and a cache of all photos of a data set as the network sees them, decoded once."""
 
+import io
 import math
 import os
 import re
 import shutil
+import stat
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import sha256
@@ -12,18 +15,24 @@ from pathlib import Path
 import cv2
 import numpy as np
 import simplejpeg
+from joblib import cpu_count  # of those that a container or a job may use
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from harness.console import InputError, raise_all, say
 from harness.files import atomic_write, lock_file, remove_leftovers
+from harness.formats import FOREIGN_SUFFIXES, JPEG, PNG, SUFFIXES, TIFF, foreign_format
 from harness.sources import definition_of
+
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # we say ourselves what is wrong with a photo
 
 # libjpeg's words, in simplejpeg's errors, for data that is lost or a decoder gone astray
 JPEG_DAMAGE = re.compile(
     r"premature end|bad Huffman code|Unsupported (marker|JPEG process)|Bogus|Invalid JPEG file structure|Inconsistent"
-    r"|\b\d{3,} extraneous bytes",
+    r"|instead of RST|\b\d{3,} extraneous bytes|extraneous bytes before marker 0x(?!d9)",
     re.I,
 )
+JPEG_WARNING = re.compile("Corrupt JPEG data|unknown JFIF|Unknown Adobe|Invalid SOS parameters")
 
 
 class BadPhoto(ValueError):
@@ -33,35 +42,82 @@ class BadPhoto(ValueError):
 def decode_photo(path):
     """Decode one photo, turned as its EXIF orientation says: uint8 (height, width, 3), RGB.
 
-    Its content decides the format, not its name; grey, CMYK, 16-bit and transparent pictures become RGB of 8 bits.
-    Raises BadPhoto if the file is missing, damaged or no picture.
+    Its content decides the format, not its name; grey, CMYK and 16-bit pictures become RGB of 8 bits, what is
+    transparent becomes white. Raises BadPhoto if the file is missing, damaged, no picture, or in a foreign format.
     """
     path = Path(path)
+    content = read_content(path)
+    if not len(content):
+        raise BadPhoto("is empty (0 bytes)")
+    if name := foreign_format(path, content):
+        raise BadPhoto(f"is a {name} file, which cannot be read: convert it to JPEG or PNG")
+    check_jpeg(path, content)
+    return decode(content)
+
+
+def read_content(path, size=-1):
+    """The bytes of a file, or the first `size` of them, uint8 (n,). Raises BadPhoto if it cannot be read."""
     try:
-        content = np.fromfile(path, np.uint8)  # not imread: on Windows that fails for names beyond ASCII
+        if stat.S_ISFIFO(os.stat(path).st_mode):  # to read it could take for ever
+            raise BadPhoto("is no file")
+        return np.fromfile(path, np.uint8, size)  # not imread: on Windows that fails for names beyond ASCII
     except FileNotFoundError as error:
         others = [path.with_name(path.stem + suffix) for suffix in (".JPG", ".jpeg", ".JPEG", ".png")]
         found = [f" (there is {other.name}: rename it)" for other in others if other.exists()]
         raise BadPhoto("is missing" + "".join(found[:1])) from error
     except OSError as error:
         raise BadPhoto(f"cannot be read: {error.strerror}") from error
-    if not len(content):
-        raise BadPhoto("is empty (0 bytes)")
-    check_jpeg(path, content)
-    return decode(content)
+
+
+def looks_like_photo(path):
+    """Whether a file is meant to be a photo, readable or not: by its name, or by how it begins."""
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES or suffix in FOREIGN_SUFFIXES:
+        return True
+    try:
+        content = read_content(path, 4096)
+        head = content[:12].tobytes()
+        if foreign_format(path, content) or head.startswith((JPEG, PNG, b"GIF8", *TIFF)) or head[8:] == b"WEBP":
+            return True
+        if not cv2.haveImageReader(str(path)):  # by how it begins; a text may begin like a picture, so try it
+            return False
+        decode_photo(path)
+        return True
+    except BadPhoto:
+        return False
 
 
 def decode(content):
     """The picture that a file holds, uint8 (height, width, 3), RGB; content: its bytes, uint8 (n,). Raises BadPhoto."""
     try:
         photo = cv2.imdecode(content, cv2.IMREAD_COLOR_RGB)
+        whole = cv2.imdecode(content, cv2.IMREAD_UNCHANGED) if content[:2].tobytes() != JPEG else None
     except cv2.error as error:
         limit = "MAX_IMAGE_PIXELS" in str(error)
         reason = "it has more than 2^30 pixels" if limit else str(error).splitlines()[0]
         raise BadPhoto(f"cannot be decoded as a photo: {reason}") from error
     if photo is None:
         raise BadPhoto("cannot be decoded as a photo")
+    if (
+        whole is not None
+        and whole.ndim == 3
+        and whole.shape[2] == 4
+        and whole[..., 3].min() < np.iinfo(whole.dtype).max
+    ):
+        return lay_on_white(content)
     return photo
+
+
+def lay_on_white(content):
+    """A picture with transparent parts, which hide any colour, on white: uint8 (height, width, 3). Raises BadPhoto."""
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            upright = ImageOps.exif_transpose(picture).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadPhoto(f"cannot be decoded as a photo: {error}") from error
+    white = Image.new("RGBA", upright.size, "white")
+    white.alpha_composite(upright)
+    return np.array(white.convert("RGB"))
 
 
 def read_photo(path):
@@ -75,18 +131,23 @@ def read_photo(path):
 def check_jpeg(path, content):
     """Raise BadPhoto if `content`, uint8 (n,), is a JPEG that lacks a part, which OpenCV decodes to grey or shifted pixels.
 
-    The grey eighth-size picture needs all of the file's data, but a fifth of the time. Less than 100 bytes too many are
-    worth a note only: some cameras leave a few before a marker, and few damages do.
+    The grey eighth-size picture needs all of the file's data, but a fifth of the time. A few bytes too many before the
+    end are worth a note only: some cameras leave them, and few damages do.
     """
-    if content[:2].tobytes() != b"\xff\xd8":
+    if content[:2].tobytes() != JPEG:
         return
     try:
         simplejpeg.decode_jpeg(content, "GRAY", min_height=1, min_width=1, min_factor=8)
-    except ValueError as warning:  # or simplejpeg does not know this kind of JPEG; then OpenCV decides
+    except ValueError as warning:  # the first one; or simplejpeg does not know this kind of JPEG; then OpenCV decides
         if JPEG_DAMAGE.search(str(warning)):
             raise BadPhoto(f"is damaged ({warning})") from warning
-        if "Corrupt JPEG data" in str(warning):
-            say(f"note: {path.name} may be damaged ({warning}): look at it")
+        if not JPEG_WARNING.search(str(warning)):
+            return
+        try:  # a harmless warning hides what comes after it: a second opinion
+            Image.open(io.BytesIO(content)).load()
+        except (OSError, SyntaxError) as error:
+            raise BadPhoto(f"is damaged ({error})") from error
+        say(f"note: {path.name} may be damaged ({warning}): look at it")
 
 
 class CachedImages:
@@ -140,7 +201,8 @@ def cache_images(name, image_ids, all_ids, data_dir, image_size, cache_dir, fit)
     images = open_cache(cache, shape)
     if images is not None:
         return images
-    with lock_file(cache.parent / f".{family}.lock"):  # a second process waits here, then finds the file
+    lock, hint = cache.parent / f".{family}.lock", "; name another folder with --cache_dir"
+    with lock_file(lock, hint=hint):  # a second process waits here, then finds the file
         images = open_cache(cache, shape)
         if images is not None:
             return images
@@ -155,7 +217,15 @@ def cache_images(name, image_ids, all_ids, data_dir, image_size, cache_dir, fit)
 
 
 def photo_paths(folder, image_ids):
-    return [folder / f"{image_id}.jpg" for image_id in image_ids]
+    """The file of each photo, list of Path. A name may be spelt in either Unicode form: zips of a Mac spell é as e and ´."""
+    paths = []
+    for image_id in image_ids:
+        path = folder / f"{image_id}.jpg"
+        if not image_id.isascii() and not path.exists():
+            others = [folder / unicodedata.normalize(form, path.name) for form in ("NFC", "NFD")]
+            path = next((other for other in others if other.exists()), path)
+        paths.append(path)
+    return paths
 
 
 def locate_cache(name, image_ids, folder, image_size, cache_dir, fit):
@@ -217,10 +287,10 @@ def build_cache(path, photos, shape, fit, title):
         except BadPhoto as problem:
             return f"{photo.name} {problem}"
 
-    problems, at_once = [], 16 * os.cpu_count()  # not all: before a slow disk they would pile up in memory
+    problems, at_once = [], 16 * cpu_count()  # not all: before a slow disk they would pile up in memory
     with (
         atomic_write(path) as file,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(cpu_count()) as pool,
         tqdm(total=len(photos), desc=title, unit="photo") as bar,
     ):
         np.lib.format.write_array_header_2_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -231,4 +301,4 @@ def build_cache(path, photos, shape, fit, title):
                 elif not problems:
                     file.write(decoded)
                 bar.update()
-        raise_all(photos[0].parent, problems)
+        raise_all(photos[0].parent, problems, shown=None)

@@ -1,7 +1,6 @@
 """Prediction: fast, in any number of folds and devices, and resumable."""
 
 import hashlib
-import os
 import time
 from importlib.metadata import version
 from itertools import groupby
@@ -18,8 +17,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from harness.console import InputError, how_to_go_on, quiet_libraries, say, stop_cleanly
-from harness.devices import autocast, choose_device, choose_precision
-from harness.files import atomic_write, sha256
+from harness.devices import (
+    autocast,
+    check_shared_memory,
+    choose_device,
+    choose_precision,
+    compute_exactly,
+    out_of_memory,
+)
+from harness.files import atomic_write, sha256, why_not_writable
 from harness.log_dir import adopt_run_options, check_definitions, read_results, show_results
 from harness.sources import digest, digest_definitions, prediction_sources
 from harness.weights import load_checkpoint
@@ -44,6 +50,7 @@ def prepare_prediction(args, n_folds, predicts_with):
         raise InputError("--cpu_processes is for training; prediction uses all cores anyway")
     kind, indices = choose_device(args.gpus, args.cpu_processes)
     args.precision = choose_precision(args.precision or "32", kind)  # as the original predicted
+    compute_exactly(args.precision)
     args.devices = [torch.device(kind, index) for index in indices]
     files = [Path(args.log_dir) / name for name in checkpoints["checkpoint"]]
     sources = map(digest, prediction_sources().values())
@@ -57,7 +64,13 @@ def prepare_prediction(args, n_folds, predicts_with):
 
 def stopping_cleanly(args):
     """Within the block Ctrl-C and SIGTERM end the process with a line that says what is kept."""
-    return stop_cleanly(lambda: f"what is predicted is kept in {args.log_dir}; {how_to_go_on()}")
+
+    def kept():
+        if vars(args).get("predictions_are_kept", True):
+            return f"what is predicted is kept in {args.log_dir}; {how_to_go_on()}"
+        return f"nothing is kept, as nothing can be written in {args.log_dir}"
+
+    return stop_cleanly(kept)
 
 
 def load_network(path, network):
@@ -108,7 +121,8 @@ def compile_network(network, example):
 class KeptPredictions:
     """What a prediction has computed so far, in LOG_DIR/predictions/: an interrupted one goes on from there.
 
-    It belongs to these checkpoints, photos, source files and options; what others have left is not used.
+    It belongs to these checkpoints, photos, source files and options; what others have left is not used. Where nothing
+    can be written, nothing is kept: args.predictions_are_kept says so.
     """
 
     def __init__(self, args, name, images, keys):
@@ -119,6 +133,8 @@ class KeptPredictions:
         versions = [version(name) for name in ("torch", "albumentations", "opencv-python-headless", "numpy")]
         facts = repr((options, devices, versions, images.path.name, keys))
         self.facts, self.identity = facts, np.array(hashlib.sha256(facts.encode()).hexdigest())
+        self.args = args
+        self._say_if_lost(why_not_writable(self.path.parent))
 
     def read(self):
         """The softmax of the first keys, float32 (m, k), m whole batches, or None if nothing was kept."""
@@ -133,8 +149,18 @@ class KeptPredictions:
         return None
 
     def write(self, probabilities):
-        with atomic_write(self.path) as file:
-            np.savez(file, identity=self.identity, facts=self.facts, probabilities=probabilities)
+        if not self.args.predictions_are_kept:
+            return
+        try:
+            with atomic_write(self.path) as file:
+                np.savez(file, identity=self.identity, facts=self.facts, probabilities=probabilities)
+        except InputError as error:  # what is predicted is not lost with it: the step goes on and writes its own file
+            self._say_if_lost(str(error).removeprefix("error: "))
+
+    def _say_if_lost(self, problem):
+        self.args.predictions_are_kept = problem is None
+        if problem:
+            say(f"note: {problem}; an interruption will lose what is predicted so far")
 
 
 def predict(networks, dataset, keys, args, title, kept=None):
@@ -158,11 +184,11 @@ def predict(networks, dataset, keys, args, title, kept=None):
     if n_done == len(batches):
         say(f"{title}: taken from {kept.path}")
         return refuse_nan(before, keys)
+    check_shared_memory(args.image_size, args.val_batch_size, len(batches) - n_done, args.num_workers)
     pin = args.devices[0].type == "cuda"
     loader = DataLoader(dataset, batch_sampler=batches[n_done:], num_workers=args.num_workers, pin_memory=pin)
     compiling = args.devices[0].type == "cpu" and len(keys) * prod(args.image_size) >= COMPILE_FROM
     if compiling:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(args.cache_dir).absolute() / "torch.compile"))
         say(f"{len(keys)} images to predict: by torch.compile")
     compiled, parts, written = {}, [], time.monotonic()
 
@@ -183,10 +209,20 @@ def predict(networks, dataset, keys, args, title, kept=None):
                 if kept and time.monotonic() > written + KEEP_EVERY:
                     kept.write(so_far())
                     written = time.monotonic()
+        probabilities = so_far()
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error) is None:
+            raise
+        smaller = f"type a smaller --val_batch_size than {args.val_batch_size}"
+        what_else = (
+            smaller if args.val_batch_size > 1 else "nothing but more memory, or a training on smaller photos, helps"
+        )
+        reason = str(error).splitlines()[0] if str(error) else "MemoryError"
+        raise InputError(f"{out_of_memory(error)} is too small ({reason}); {what_else}") from error
     finally:  # also if it is interrupted
         if kept and parts:
             kept.write(so_far())
-    return refuse_nan(so_far(), keys)
+    return refuse_nan(probabilities, keys)
 
 
 def refuse_nan(probabilities, keys):

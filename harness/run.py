@@ -9,27 +9,45 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 
 from harness import launch
-from harness.callbacks import EpochLog, LossNotFinite, OwnSignals, ResumePoint, StopIfNotFinite, WholeCheckpoints
+from harness.callbacks import (
+    EpochLog,
+    LossNotFinite,
+    OwnSignals,
+    ResumePoint,
+    SameInAllProcesses,
+    StopIfNotFinite,
+    WholeCheckpoints,
+)
 from harness.console import InputError, how_to_go_on, is_first_process, quiet_libraries, say, stop_cleanly
-from harness.devices import choose_device, choose_precision
+from harness.devices import (
+    check_shared_memory,
+    choose_device,
+    choose_precision,
+    compute_exactly,
+    describe_environment,
+    fit_batch,
+    out_of_memory,
+    refuse_differences,
+)
 from harness.files import remove, sha256
 from harness.log_dir import (
+    FREE_OPTIONS,
     check_sources,
     collect_results,
     finish_fold,
     is_finished,
     open_log_dir,
     read_own_csv,
+    recorded_options,
     remove_fold,
     result_path,
     resume_path,
     show_results,
 )
-from harness.sources import digest_definitions, training_sources
+from harness.sources import digest, digest_definitions, training_sources
 from harness.weights import load_checkpoint
 
 TRAINER = {  # what pl.Trainer would do by itself, and what we do in its place or not at all
@@ -49,9 +67,10 @@ class Run:
     def __init__(self, args, n_folds, classes):
         quiet_libraries()
         self.args, self.n_folds, self.classes = args, n_folds, list(classes)
-        self.data, self.folds_left = None, []
+        self.data, self.folds_left, self.facts = None, [], {}
         self.device, self.indices = choose_device(args.gpus, args.cpu_processes)
         args.precision = choose_precision(args.precision, self.device)
+        compute_exactly(args.precision)
         self.one_of_several = launch.is_one_of_several_processes()
         if args.parallel_folds and self.one_of_several or args.num_nodes > 1 and not self.one_of_several:
             raise InputError(
@@ -62,20 +81,39 @@ class Run:
             say(
                 "note: SLURM has given this job several tasks, but one process was started: srun python … starts them all"
             )
+        parts = args.accumulate_grad_batches
+        fitting = fit_batch(self.indices, args.train_batch_size, parts)
+        if args.gpus is None and fitting and not (args.parallel_folds or self.one_of_several):
+            if len(fitting) < len(self.indices):
+                unused = " ".join(map(str, self.indices[len(fitting) :]))
+                say(f"note: a batch of {args.train_batch_size} cannot be shared by all GPUs: {unused} not used")
+            self.indices = fitting
         self.n_devices = 1 if args.parallel_folds else len(self.indices) * args.num_nodes
+        if "num_workers" not in args.typed:  # the default is for one process alone on this machine
+            args.num_workers = max(1, args.num_workers // len(self.indices))
         self.is_writer = not launch.IS_LAUNCHED and is_first_process()  # of the record and of results.csv
 
     def check(self, folds, labels):
         """Raise InputError if the batch cannot be made, or a fold's AUC is undefined. folds: int (n,); labels: (n, k)."""
         batch, parts = self.args.train_batch_size, self.n_devices * self.args.accumulate_grad_batches
-        smallest = len(folds) - np.bincount(folds).max()
-        if smallest < batch:
-            raise InputError(f"a fold trains on {smallest} photos only: type --train_batch_size {smallest} or less")
+        smallest_train = len(folds) - np.bincount(folds).max()
+        if smallest_train < batch:
+            raise InputError(
+                f"a fold trains on {smallest_train} photos only: type --train_batch_size {smallest_train} or less"
+            )
         if batch % parts or batch == parts:
+            fitting = fit_batch(self.indices, batch, self.args.accumulate_grad_batches)
+            instead = f"; type --gpus {' '.join(map(str, fitting))}" if self.device == "cuda" and fitting else ""
             raise InputError(
                 f"--train_batch_size {batch} cannot be split into {parts} equal parts of at least 2 photos "
-                "(devices x --accumulate_grad_batches)"
+                f"(devices x --accumulate_grad_batches){instead}"
             )
+        smallest_val = np.bincount(folds, minlength=self.n_folds).min()
+        if smallest_val < self.n_devices:
+            raise InputError(f"a fold has {smallest_val} photos to validate on, too few for {self.n_devices} devices")
+        for size, n_photos in ((batch // parts, smallest_train), (self.args.val_batch_size, smallest_val)):
+            n_batches = n_photos // size // self.n_devices
+            check_shared_memory(self.args.image_size, size, n_batches, self.args.num_workers, len(self.indices))
         for fold in self.args.folds:
             positives = labels[folds == fold].sum(0)
             if (positives == (folds == fold).sum()).any():
@@ -98,24 +136,26 @@ class Run:
             check_sources(args.log_dir, training_sources())
         elif self.one_of_several:
             wait_for_all = launch.join_processes(self.device, self.indices, args.num_nodes)
+        inputs = {"train.csv": Path(args.data_dir) / "train.csv", "weights": weights}
+        inputs |= {"soft labels": args.soft_labels_filename}
+        fingerprints = {name: sha256(path) for name, path in inputs.items() if path is not None}
+        fingerprints["the photos"] = data.images.digest()
+        definitions, sources = digest_definitions(predicts_with), training_sources()
         # Then lock, compare and record, in this order: what is compared must not change before it is recorded. One
         # process does it for all; those that a process has launched are covered by its locks.
         if self.is_writer:
-            devices = f"{self.n_devices} x {self.device}"
-            inputs = {"train.csv": Path(args.data_dir) / "train.csv", "weights": weights}
-            inputs |= {"soft labels": args.soft_labels_filename}
-            fingerprints = {name: sha256(path) for name, path in inputs.items() if path is not None}
-            fingerprints["the photos"] = data.images.digest()
-            rows, definitions = (data.image_ids, data.folds), digest_definitions(predicts_with)
-            locks = open_log_dir(args, self.n_folds, *rows, fingerprints, definitions, training_sources(), devices)
+            devices, rows = f"{self.n_devices} x {self.device}", (data.image_ids, data.folds)
+            what = fingerprints, definitions, sources, devices, describe_environment()
+            locks = open_log_dir(args, self.n_folds, *rows, *what)
             say(f"{args.backbone} from {weights or 'scratch'}, {devices}, precision {args.precision}")
-        # The others wait, or they would read the log directory of before.
+        # The others wait, or they would read the log directory of before; then all must be about to do the same.
+        self.facts = fingerprints | {name: digest(text) for name, text in sources.items()}
+        self.facts |= {f"--{name}": getattr(args, name) for name in recorded_options(args) if name not in FREE_OPTIONS}
         if wait_for_all:
             wait_for_all()
-        if not (Path(args.log_dir) / "hparams.yaml").exists():
-            raise InputError(
-                f"{args.log_dir} is not shared by all machines: the first one has begun it, here it is not"
-            )
+            here = (Path(args.log_dir) / "hparams.yaml").exists()
+            finished = [fold for fold in args.folds if is_finished(args.log_dir, fold)]
+            refuse_differences({f"{args.log_dir} holds this run": here, "finished folds": finished} | self.facts)
         try:
             yield
         finally:
@@ -139,7 +179,7 @@ class Run:
         """Train the folds of the command line, here by `train_fold(fold)` or in other processes, and collect results."""
         args = self.args
         if args.parallel_folds:
-            failed = launch.launch_folds(args.folds, self.device, self.indices)
+            failed = launch.launch_folds(args.folds, self.device, self.indices, args.num_workers)
             if failed:
                 raise InputError(f"fold {' '.join(map(str, failed))} failed, see above; {how_to_go_on()}")
         elif len(self.indices) > 1 and not self.one_of_several:
@@ -186,19 +226,19 @@ class Run:
                 f"fold {fold} stopped: {error} for the batch of {', '.join(self.data.image_ids.iloc[error.rows])}. Look at these "
                 "photos and their labels; or go on with --accept_changes and --precision 32 or a smaller --gradient_clip_val"
             ) from error
-        except torch.OutOfMemoryError as error:
-            self._advise_smaller_parts("the GPU's memory", error)
-        except (RuntimeError, MemoryError) as error:  # what torch, oneDNN and Python make of it on a CPU
-            words = "DefaultCPUAllocator|could not create a (primitive|memory)|bad_alloc|Cannot allocate memory"
-            if isinstance(error, RuntimeError) and not re.search(words, str(error)):
+        except (RuntimeError, MemoryError) as error:
+            which = out_of_memory(error)
+            if which is None:
                 raise
-            self._advise_smaller_parts("the memory", error)
+            self._advise_smaller_parts(which, error)
 
     def _advise_smaller_parts(self, which, error):
         args, photos = self.args, self.args.train_batch_size // self.n_devices
         larger = range(args.accumulate_grad_batches + 1, photos // 2 + 1)
         parts = next((parts for parts in larger if photos % parts == 0), None)
-        advice = f"--accumulate_grad_batches {parts}: the same {args.train_batch_size} photos a step, in {parts} parts"
+        begun = any(Path(args.log_dir).glob("fold=*-*.ckpt"))
+        accept = " --accept_changes" if begun else ""  # or the record of what is kept would forbid it
+        advice = f"--accumulate_grad_batches {parts}{accept}: the same {args.train_batch_size} photos a step, in {parts} parts"
         reason = str(error).splitlines()[0] if str(error) else "MemoryError"
         raise InputError(
             f"{which} is too small ({reason}). Type "
@@ -211,7 +251,8 @@ class Run:
             self.args,
             EpochLog(self.args.log_dir, fold, len([left for left in self.folds_left if left >= fold])),
         )
-        callbacks = [OwnSignals(), StopIfNotFinite(), log, best, ResumePoint(args.log_dir, fold, log, best)]
+        resume = ResumePoint(args.log_dir, fold, log, best)
+        callbacks = [SameInAllProcesses(self.facts, log), OwnSignals(), StopIfNotFinite(), log, best, resume]
         bar = sys.stdout.isatty()  # elsewhere a line an epoch is easier to read
         if bar:
             callbacks.append(TQDMProgressBar(refresh_rate=10, leave=True))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from harness.console import InputError, raise_all
+from harness.console import InputError, raise_all, say
 
 
 def read_csv(path, columns, hint="see the README for how to get the data", rule=None, wanted=None, may_hold_more=False):
@@ -144,10 +144,16 @@ def not_one_hot(values):
 
 
 def not_a_distribution(values):
-    """What is wrong with the class probabilities of one photo, float (k,), or None; 0.001 is left for rounding."""
+    """What is wrong with the class probabilities of one photo, float (k,), or None.
+
+    The sum may differ from 1 by what rounding each value to its digits can make of it: with two digits 0.005 a value.
+    """
     if values.min() < 0 or values.max() > 1:
         return "is no probability distribution: it holds a value outside 0…1"
-    return None if abs(values.sum() - 1) <= 1e-3 else f"is no probability distribution: it sums to {values.sum():.4g}"
+    digits = next((digits for digits in (2, 3) if (np.round(values, digits) == values).all()), 4)
+    allowed = max(1e-3, len(values) * 0.5 * 10**-digits) + 1e-9
+    if abs(values.sum() - 1) > allowed:
+        return f"is no probability distribution: it sums to {values.sum():.4g}"
 
 
 def read_train_csv(data_dir, classes):
@@ -172,8 +178,21 @@ def read_probabilities(path, classes, image_ids=None, may_hold_more=False):
 
     Raises InputError for values outside 0…1, rows that do not sum to 1, and ids that are missing or extra.
     """
+    return read_scores(path, classes, image_ids, may_hold_more, rule=not_a_distribution)
+
+
+def read_scores(path, classes, image_ids=None, may_hold_more=False, rule=None):
+    """As read_probabilities, but of any finite numbers, by which photos can be ranked; rule: as of read_csv."""
     hint = "run the step that writes it first"
-    frame = read_csv(
-        path, ("image_id", *classes), hint, rule=not_a_distribution, wanted=image_ids, may_hold_more=may_hold_more
-    )
+    frame = read_csv(path, ("image_id", *classes), hint, rule, wanted=image_ids, may_hold_more=may_hold_more)
     return frame if image_ids is None else frame.set_index("image_id").loc[list(image_ids)].reset_index()
+
+
+def note_no_distributions(path, values):
+    """Say how many rows of `values`, float (n, k), are no probability distribution, if any are."""
+    problems = [problem for problem in map(not_a_distribution, values) if problem]
+    if problems:
+        say(
+            f"note: {path}: {len(problems)} of {len(values)} rows are no probability distributions (the first of them "
+            f"{problems[0].split(': ')[1]}); blended all the same, as an AUC asks for the order only"
+        )

@@ -31,7 +31,7 @@ RUNNING = set()  # processes that a failed test may have left
 
 @atexit.register
 def end_what_is_left():
-    for process in RUNNING:
+    for process in list(RUNNING):
         if process.poll() is None:
             process.kill_group()
 

@@ -1,17 +1,22 @@
 """The command line: help, typos, devices, what an out-of-memory error says."""
 
+import os
+import re
+import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import QUICK, run_script
+from conftest import QUICK, REPO, run_script
 
 import models
 import train
 from harness.command_line import parse_args
 from harness.console import InputError, say
 from harness.devices import choose_device, choose_precision
-from utils import make_training_parser
+from harness.run import Run
+from utils import CLASSES, make_training_parser, split_folds
 
 SCRIPTS = ("train.py", "generate_soft_labels.py", "generate_distilled_submission.py", "blend.py")
 
@@ -83,17 +88,105 @@ def test_an_unknown_schedule_is_refused_with_the_known_ones(sample, tmp_path):
     assert done.returncode == 1 and not (tmp_path / "logs").exists()
 
 
+def pretend_gpus(monkeypatch, *capabilities, built=("sm_75", "sm_80", "sm_90", "compute_120")):
+    """Let torch see GPUs: of each its compute capability, or the error that asking for it raises."""
+
+    def capability(gpu):
+        if isinstance(capabilities[gpu], Exception):
+            raise capabilities[gpu]
+        return capabilities[gpu]
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: f"Card {gpu}")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(built))
+
+
 def test_gpus_that_are_not_there_and_what_to_type_instead(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    pretend_gpus(monkeypatch)
     with pytest.raises(InputError, match="leave --gpus out"):
         choose_device([0, 1])
     assert choose_device(None) == ("cpu", [0])
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    pretend_gpus(monkeypatch, *[(8, 0)] * 4)
     assert choose_device(None, 1) == ("cpu", [0])  # asked for, though there are GPUs
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    pretend_gpus(monkeypatch, (8, 6))
     with pytest.raises(InputError, match="type --gpus 0$"):
         choose_device([0, 1])
     assert choose_device([0]) == choose_device(None) == ("cuda", [0])
+
+
+UNUSABLE = {  # why a GPU cannot be used: its capability or torch's error, what is said
+    "too old a driver": (
+        RuntimeError("The NVIDIA driver on your system is too old"),
+        "GPU 0 cannot be used: The NVIDIA",
+    ),
+    "too old a card": ((6, 0), r"GPU 0 \(Card 0, sm_60\) cannot be used: this torch holds code for sm_75 sm_80"),
+    "a minor version too old": ((7, 0), r"GPU 0 \(Card 0, sm_70\) cannot be used"),
+}
+
+
+@pytest.mark.parametrize("reason", UNUSABLE)
+def test_a_gpu_that_torch_counts_but_cannot_use_is_named_at_once(monkeypatch, capsys, reason):
+    problem, said = UNUSABLE[reason]
+    pretend_gpus(monkeypatch, problem)
+    for gpus in (None, [0]):  # never the CPU in silence
+        with pytest.raises(InputError, match=said + ".*type --cpu_processes 1 to run on the CPU$"):
+            choose_device(gpus)
+    pretend_gpus(monkeypatch, problem, (8, 9), (9, 0), (12, 0))
+    with pytest.raises(InputError, match=said + ".*type --gpus 1 2 3$"):
+        choose_device([0, 1])
+    assert choose_device(None) == ("cuda", [1, 2, 3]) and choose_device([3, 1]) == ("cuda", [1, 3])
+    assert re.search("note: " + said + ".*; going on without", capsys.readouterr().out)
+
+
+def start(*options):
+    return Run(parse_args(make_training_parser(""), list(map(str, options))), 5, CLASSES)
+
+
+@pytest.mark.parametrize("n, used", [(1, 1), (2, 2), (3, 2), (4, 4), (5, 4), (6, 4), (7, 4), (8, 8)])
+def test_without_gpus_typed_as_many_are_used_as_divide_the_batch(monkeypatch, capsys, n, used):
+    pretend_gpus(monkeypatch, *[(8, 0)] * n)
+    run = start("--train_batch_size", 32)
+    assert run.indices == list(range(used))
+    noted = "note: a batch of 32 cannot be shared by all GPUs: " in capsys.readouterr().out
+    assert noted == (used < n)
+    assert len(start("--train_batch_size", 32, "--parallel_folds").indices) == n  # each has the whole batch
+    folds, labels = split_folds(200, 0), np.eye(4)[np.arange(200) % 4]
+    run.check(folds, labels)
+    if used < n:
+        with pytest.raises(InputError, match=f"32 cannot be split into {n} equal parts.*; type --gpus 0 1"):
+            start("--train_batch_size", 32, "--gpus", *range(n)).check(folds, labels)
+
+
+def test_more_devices_than_a_fold_has_photos_to_validate_on_are_refused():
+    run = start("--cpu_processes", 12, "--train_batch_size", 24)
+    with pytest.raises(InputError, match="a fold has 10 photos to validate on, too few for 12 devices"):
+        run.check(split_folds(50, 0), np.eye(4)[np.arange(50) % 4])
+
+
+def test_workers_by_default_share_the_cores_of_a_machine(monkeypatch):
+    monkeypatch.setattr("joblib.cpu_count", lambda: 8)
+    assert start().args.num_workers == 8
+    assert start("--cpu_processes", 4).args.num_workers == 2
+    assert start("--cpu_processes", 4, "--num_workers", 8).args.num_workers == 8
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid(), reason="only root can mount another /dev/shm, on Linux")
+def test_a_shared_memory_too_small_for_the_workers_is_told_before_anything_is_done(sample, tmp_path):
+    """docker gives 64 MB; here it is 1 MB, and the photos are smaller too."""
+    command = [sys.executable, REPO / "train.py", "--data_dir", sample, *QUICK, "--image_size", 480, 768]
+    inside = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
+
+    def train(workers):
+        words = ["unshare", "-m", "sh", "-c", inside, "sh", *command, "--num_workers", workers]
+        return subprocess.run(list(map(str, words)), cwd=tmp_path, capture_output=True, text=True)
+
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("no name space can be made here")
+    done = train(1)
+    (said,) = done.stderr.splitlines()
+    assert re.match("error: /dev/shm has 1 MB free, the 1 workers .* need 18 MB: type --num_workers 0, or", said)
+    assert "--shm-size 2g" in said and done.returncode == 1 and not list(tmp_path.iterdir())
 
 
 def test_a_rank_that_no_launcher_has_set_does_not_silence_the_process(monkeypatch, capsys):
@@ -144,6 +237,9 @@ def test_an_out_of_memory_error_says_what_to_type_and_that_works(sample, tmp_pat
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
         return step(self, batch, batch_idx)
 
+    def no_gpu(self, batch, batch_idx):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models.LeafModule, "training_step", small_gpu)
     parser = make_training_parser("")
@@ -152,13 +248,13 @@ def test_an_out_of_memory_error_says_what_to_type_and_that_works(sample, tmp_pat
         train.main(parse_args(parser, [*options, "2"]))
     train.main(parse_args(parser, [*options, "4", "--accept_changes"]))
     assert (tmp_path / "logs" / "results.csv").exists()
-
-    def no_gpu(self, batch, batch_idx):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
+    options[options.index("--folds") + 1] = "1"  # beside a fold that is finished, whose record names 4 parts
     monkeypatch.setattr(models.LeafModule, "training_step", no_gpu)
+    with pytest.raises(InputError, match="Type --accumulate_grad_batches 2 --accept_changes: the same"):
+        train.main(parse_args(parser, [*options, "1", "--accept_changes"]))
+
     with pytest.raises(InputError, match="a smaller --image_size"):
-        train.main(parse_args(parser, [*options, "4", "--fresh"]))
+        train.main(parse_args(parser, [*options, "4", "--fresh", "--folds", "0"]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' /proc")

@@ -581,7 +581,7 @@ def test_workers_share_the_cache_and_do_not_hold_it(photos):
 
 
 CACHE_DIR_REFUSED = {  # what --cache_dir is: how it is made, what is said
-    "a file": (lambda path: path.write_text("a file"), "cannot make the folder .*cache: File exists"),
+    "a file": (lambda path: path.write_text("a file"), "cannot make the folder .*cache: File exists; .* --cache_dir$"),
     "in a file": (
         lambda path: path.parent.joinpath("file").write_text(""),
         "cannot make the folder .*: Not a directory",

@@ -227,6 +227,82 @@ def test_slurm_on_two_machines_leaves_what_two_processes_of_one_leave(two_proces
     assert outcome_of_fold_1(tmp_path) == outcome_of_fold_1(two_processes)
 
 
+# train.py with its limits shortened; with a number it dies before that epoch, which is kept.
+HURRIED = """
+import os, runpy, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+from harness import callbacks, launch
+script, die_before, launch.WAIT = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+callbacks.RESUME_EVERY = 0
+keep = callbacks.ResumePoint.on_train_epoch_start
+def keep_and_die(self, trainer, module):
+    keep(self, trainer, module)
+    if trainer.current_epoch == die_before:
+        os._exit(9)
+callbacks.ResumePoint.on_train_epoch_start = keep_and_die
+sys.argv = [script, *sys.argv[4:]]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def start_ranks(sample, folders, *options, scripts=(REPO / "train.py",) * 2, die_before=99, wait=60, ranks=(0, 1)):
+    """Start processes of a training of two, each in its own folder, as torchrun would: list of Script."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    where |= {"TORCHELASTIC_RUN_ID": "1", "LOCAL_RANK": "0", "GROUP_RANK": "0"} | ONE_THREAD
+    words = ["--data_dir", sample, *QUICK, "--folds", 1, "--num_nodes", 2, *options]
+    return [
+        start_script("-c", HURRIED, scripts[rank], die_before, wait, *words, cwd=folders[rank], RANK=str(rank), **where)
+        for rank in ranks
+    ]
+
+
+def refused(scripts, *words):
+    """Whether all processes ended with status 1 and one line each that holds the words."""
+    for script in scripts:
+        assert script.wait(60) == 1 and "Traceback" not in script.stderr, script.stdout + script.stderr
+        (said,) = [line for line in script.stderr.splitlines() if line.startswith("error: ")]
+        assert all(word in said for word in words), said
+
+
+def test_processes_that_see_other_things_than_the_first_are_named_before_the_first_step(sample, tmp_path):
+    """A log directory that is not shared; then one where a process lacks the point to go on from; then another source."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    refused(
+        start_ranks(sample, folders), "process 1 (", "logs holds this run is False, there True", "must share the log"
+    )
+
+    shared = [folders[0]] * 2
+    shutil.rmtree(folders[0] / "logs")
+    assert 9 in {script.wait(60) for script in start_ranks(sample, shared, die_before=1)}
+    assert (folders[0] / "logs" / "fold=1-last.ckpt").exists()
+    shutil.copytree(folders[0] / "logs", folders[1] / "logs")
+    (folders[1] / "logs" / "fold=1-last.ckpt").unlink()
+    refused(start_ranks(sample, folders), "process 1 (", "the epoch to begin with is 0, there 1")
+
+    (tmp_path / "copy").mkdir()
+    for path in REPO.glob("*.py"):
+        shutil.copy(path, tmp_path / "copy")
+    shutil.copytree(REPO / "harness", tmp_path / "copy" / "harness")
+    with open(tmp_path / "copy" / "models.py", "a") as file:
+        file.write("ANOTHER_RATE = 1e-2\n")
+    scripts = (REPO / "train.py", tmp_path / "copy" / "train.py")
+    refused(start_ranks(sample, shared, scripts=scripts), "process 1 (", "models.py differs")
+    finish(start_ranks(sample, shared))
+    assert pd.read_csv(folders[0] / "logs" / "results.csv")["fold"].tolist() == [1]
+
+
+def test_waiting_for_processes_that_nobody_starts_has_an_end_and_can_be_interrupted(sample, tmp_path):
+    (alone,) = start_ranks(sample, [tmp_path], wait=2, ranks=[0])
+    refused([alone], "process 0 of 2 waits for the others at 127.0.0.1:", "in vain", "whether all 2 were started")
+    (alone,) = start_ranks(sample, [tmp_path], ranks=[0])
+    wait_until(lambda: "waits for the others at 127.0.0.1:" in alone.stdout, alone)
+    os.kill(alone.pid, signal.SIGTERM)
+    assert alone.wait(5) == -signal.SIGTERM
+    assert not (tmp_path / "logs").exists()
+
+
 def test_in_an_allocation_without_srun_it_trains_as_the_one_process_that_it_is(one_process, sample, tmp_path):
     """`#SBATCH -n 8`, and python without srun: SLURM's variables promise processes that nobody has started."""
     job = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NNODES": "1"}

@@ -15,7 +15,7 @@ from models import LeafNet
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory):
+def job():
     """Two networks whose predictions differ, eleven photos for each, and the options that predict reads."""
     networks = {}
     for fold in (0, 3):
@@ -31,7 +31,6 @@ def job(tmp_path_factory):
     keys = [(fold, 0, row) for fold in networks for row in range(11)]
     cpu = [torch.device("cpu")]
     args = argparse.Namespace(devices=cpu, precision="32", val_batch_size=4, num_workers=0, image_size=[32, 64])
-    args.cache_dir = tmp_path_factory.mktemp("cache")
     return networks, LeafDataset(photos, [f"Test_{i}" for i in range(11)]), keys, args
 
 
@@ -48,11 +47,9 @@ def test_long_predictions_are_compiled_and_stay_the_same(job, monkeypatch, capsy
         return lambda images: used.append((network, len(images))) or compiled(images)
 
     monkeypatch.setattr(prediction, "COMPILE_FROM", 22 * 32 * 64)
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setattr(prediction, "compile_network", watch)
     np.testing.assert_allclose(predict(*job, "long"), expected, atol=1e-5)
     assert "22 images to predict: by torch.compile" in capsys.readouterr().out
-    assert any((job[-1].cache_dir / "torch.compile").iterdir())
     # of 4 + 4 + 3 images a network, the last batch is not worth compiling once more
     assert used == [(network, 4) for network in job[0].values() for _ in range(2)]
 
@@ -66,6 +63,21 @@ def test_without_a_compiler_it_is_said_and_the_prediction_goes_on(job, monkeypat
     np.testing.assert_array_equal(predict(*job, "long"), expected)
     said = capsys.readouterr().out
     assert said.count("note: predicting without torch.compile") == 1 and "No working C++ compiler" in said
+
+
+def test_a_prediction_that_finds_no_memory_says_what_to_type_and_that_works(job):
+    networks, dataset, keys, args = job
+
+    class SmallGpu(torch.nn.Module):
+        def forward(self, images):
+            if len(images) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+            return networks[0](images)
+
+    with pytest.raises(InputError, match="the GPU's memory is too small .* type a smaller --val_batch_size than 4$"):
+        predict({0: SmallGpu(), 3: networks[3]}, dataset, keys, args, "short")
+    args = argparse.Namespace(**vars(args) | {"val_batch_size": 2})
+    np.testing.assert_allclose(predict({0: SmallGpu()}, dataset, keys[:11], args, "short").sum(1), 1, atol=1e-5)
 
 
 def test_a_prediction_that_is_nan_is_refused_with_its_fold(job):

@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import signal
+import sys
+import time
 from hashlib import sha256
 from pathlib import Path
 
@@ -182,6 +184,54 @@ def test_ctrl_c_and_sigterm_say_what_is_kept_and_leave_no_process_behind(number,
     assert script.wait(60) == status
     assert "stopped: no epoch was kept yet" in script.stdout.splitlines()[-1] and "Traceback" not in script.stderr
     assert script.group_is_gone()
+
+
+STUCK = """
+import ctypes
+from harness import console
+console.PATIENCE = 3
+c, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+c.pthread_mutex_lock(lock)
+with console.stop_cleanly(lambda: "kept"):
+    print("waiting in C", flush=True)
+    c.pthread_mutex_lock(lock)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="waits for a lock of Linux' C library")
+def test_what_waits_in_c_ends_at_a_second_ctrl_c_or_after_a_while(tmp_path):
+    """There no Python handler runs: so waits for a GPU, or for another process, end."""
+    script = start_script("-c", STUCK, cwd=tmp_path)
+    wait_until(lambda: "waiting in C" in script.stdout, script)
+    os.kill(script.pid, signal.SIGINT)
+    time.sleep(0.3)
+    assert script.poll() is None
+    os.kill(script.pid, signal.SIGINT)
+    assert script.wait(2) == 130
+    script = start_script("-c", STUCK, cwd=tmp_path)
+    wait_until(lambda: "waiting in C" in script.stdout, script)
+    os.kill(script.pid, signal.SIGTERM)
+    assert script.wait(20) == 143
+
+
+TIDYING = """
+import time
+from harness.console import stop_cleanly
+def kept():
+    print("tidying", flush=True)
+    time.sleep(600)
+with stop_cleanly(kept):
+    print("at work", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_ctrl_c_ends_what_takes_long_to_tidy(tmp_path):
+    script = start_script("-c", TIDYING, cwd=tmp_path)
+    for said in ("at work", "tidying"):
+        wait_until(lambda said=said: said in script.stdout, script)
+        os.kill(script.pid, signal.SIGINT)
+    assert script.wait(5) == 130
 
 
 def test_an_interrupted_prediction_keeps_what_it_has(trained, tmp_path):

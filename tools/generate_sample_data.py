@@ -14,7 +14,6 @@ import argparse
 import colorsys
 import json
 import math
-import os
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
+from joblib import cpu_count
 from tqdm import tqdm
 
 from harness.command_line import HelpFormatter, not_negative, positive
@@ -327,7 +327,7 @@ def main(argv=None):
     what.add_argument("--seed", type=not_negative, default=2020, help="another seed draws other leaves")
     how = parser.add_argument_group("where and how")
     how.add_argument("--out", default="data_sample", help="folder to write")
-    how.add_argument("--threads", type=positive, default=min(8, os.cpu_count()), help="photos drawn at the same time")
+    how.add_argument("--threads", type=positive, default=min(8, cpu_count()), help="photos drawn at the same time")
     args = parser.parse_args(argv)
     if min(args.n_train, args.n_test) < 8 or min(args.photo_size) < 64:
         parser.error("a split needs at least 8 photos, a photo at least 64 pixels per side")
