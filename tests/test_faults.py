@@ -14,6 +14,7 @@ import signal
 import struct
 import subprocess
 import sys
+import unicodedata
 from argparse import Namespace
 from contextlib import contextmanager
 from hashlib import sha256
@@ -196,9 +197,13 @@ def test_faulty_soft_labels_are_refused(tmp_path, fault):
     assert re.search(said, refusal(read_probabilities, tmp_path / "soft.csv", CLASSES, ["a", "b"]))
 
 
-@pytest.mark.parametrize("fault", PROBABILITIES_REFUSED)
+BLENDED_ALL_THE_SAME = {"a sum that is not 1", "logits"}  # the AUC asks for the order only
+
+
+@pytest.mark.parametrize("fault", PROBABILITIES_REFUSED.keys() - BLENDED_ALL_THE_SAME)
 def test_submissions_that_do_not_match_are_not_blended(tmp_path, fault):
     rows, said = PROBABILITIES_REFUSED[fault]
+    said = "has no row for b; .* 'c'" if fault == "several at once" else said
     (tmp_path / "first.csv").write_bytes(HEADER + b"a,1,0,0,0\nb,1,0,0,0\n")
     (tmp_path / "soft.csv").write_bytes(HEADER + rows)
     (tmp_path / "mix.csv").write_text("older")
@@ -207,6 +212,43 @@ def test_submissions_that_do_not_match_are_not_blended(tmp_path, fault):
     )
     assert re.search(said, refusal(blend.main, options))
     assert (tmp_path / "mix.csv").read_text() == "older"
+
+
+NO_DISTRIBUTIONS = {  # what is blended with a note: the rows of a and b, what is said
+    "a sum that is not 1": ([[1, 0, 0, 0], [0.5, 0.2, 0.2, 0.2]], "1 of 2 rows .*it sums to 1.1"),
+    "averaged ranks": ([[0.25, 0.75, 1.0, 0.5], [0.75, 0.25, 0.5, 1.0]], "2 of 2 rows .*it sums to 2.5"),
+    "ranks of 1,821 photos": ([[1821, 3.5, 17, 900], [2, 8, 1, 4]], "2 of 2 rows .*holds a value outside"),
+    "logits": ([[1, 0, 0, 0], [1.2, -0.2, 0, 0]], "1 of 2 rows .*holds a value outside"),
+}
+
+
+@pytest.mark.parametrize("case", NO_DISTRIBUTIONS)
+def test_what_is_no_distribution_is_blended_with_a_note(tmp_path, capsys, case):
+    values, said = NO_DISTRIBUTIONS[case]
+    (tmp_path / "first.csv").write_bytes(HEADER + b"a,1,0,0,0\nb,0,0,0,1\n")
+    pd.DataFrame(values, columns=list(CLASSES)).assign(image_id=["a", "b"])[["image_id", *CLASSES]].to_csv(
+        tmp_path / "other.csv", index=False
+    )
+    names = [str(tmp_path / "first.csv"), str(tmp_path / "other.csv")]
+    blend.main(Namespace(limit=None, submissions=names, output=str(tmp_path / "mix.csv")))
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if "note: " in line]
+    assert re.search(f"other.csv: {said}.*blended all the same", note)
+    mix = pd.read_csv(tmp_path / "mix.csv")[list(CLASSES)].to_numpy()
+    np.testing.assert_allclose(mix, (np.array(values) + [[1, 0, 0, 0], [0, 0, 0, 1]]) / 2)
+
+
+@pytest.mark.parametrize("digits", [2, 3, 4, 6])
+def test_honest_probabilities_are_taken_however_they_were_rounded(tmp_path, digits, capsys):
+    exact = np.random.default_rng(0).dirichlet([0.5] * 4, 1821)
+    rows = pd.DataFrame(exact.round(digits), columns=list(CLASSES))
+    assert digits > 3 or (abs(rows.sum(axis=1) - 1) > 10.0**-digits / 2).sum() > 300
+    rows.insert(0, "image_id", [f"Test_{i}" for i in range(1821)])
+    rows.to_csv(tmp_path / "rounded.csv", index=False)
+    np.testing.assert_array_equal(
+        read_probabilities(tmp_path / "rounded.csv", CLASSES)[list(CLASSES)], exact.round(digits)
+    )
+    blend.main(Namespace(limit=None, submissions=[str(tmp_path / "rounded.csv")] * 2, output=str(tmp_path / "mix.csv")))
+    assert "note" not in capsys.readouterr().out
 
 
 def test_a_submission_that_is_missing_or_a_folder_is_named(tmp_path):
@@ -279,6 +321,43 @@ def insert_segment(content, payload, marker=0xE1):
     return content[:2] + struct.pack(">BBH", 0xFF, marker, len(payload) + 2) + payload + content[2:]
 
 
+def hide_colours(picture=PHOTO):
+    """A picture whose left half is transparent, with a loud colour hidden there: RGBA."""
+    pixels = np.asarray(picture.convert("RGBA")).copy()
+    pixels[:, : picture.width // 2] = (0, 255, 0, 0)
+    return Image.fromarray(pixels)
+
+
+def on_white(picture):
+    """What the eye sees of a picture with transparent parts on a white page."""
+    white = Image.new("RGBA", picture.size, "white")
+    white.alpha_composite(picture.convert("RGBA"))
+    return white.convert("RGB")
+
+
+def lose_a_restart_interval(content):
+    """A JPEG with restart markers that lacks what is between two of them."""
+    start = content.index(b"\xff\xd3", len(content) // 2)
+    return content[:start] + content[content.index(b"\xff\xd4", start) :]
+
+
+def flip_a_byte(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 0x55]) + content[middle + 1 :]
+
+
+def box(brand):
+    """How files of the HEIF family begin."""
+    return b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0" + brand + b"mif1" + bytes(2000)
+
+
+def raw_like(**tags):
+    """A TIFF that OpenCV can decode, with further tags, as cameras begin their raw files with a thumbnail."""
+    return save(
+        PHOTO.resize((24, 16)), "TIFF", tiffinfo={int(number.strip("_")): value for number, value in tags.items()}
+    )
+
+
 JPEG = save()
 ROUGH = np.asarray(PHOTO.resize((720, 480))) // 2 + np.random.default_rng(0).integers(
     0, 60, (480, 720, 3), dtype=np.uint8
@@ -286,6 +365,9 @@ ROUGH = np.asarray(PHOTO.resize((720, 480))) // 2 + np.random.default_rng(0).int
 LARGE = save(Image.fromarray(ROUGH))  # with as much to code everywhere as in a leaf
 DEEP = cv2.imencode(".png", np.asarray(PHOTO)[:, :, ::-1].astype(np.uint16) * 257)[1].tobytes()
 SMALL = Image.fromarray(np.full((1, 1, 3), (200, 100, 50), np.uint8))
+
+RESTARTED = save(Image.fromarray(ROUGH), restart_marker_rows=1)
+BAD_ICC = b"ICC_PROFILE\0" + bytes([5, 2]) + b"x" * 20  # a piece of a colour profile that lacks the others: harmless
 
 PHOTO_REFUSED = {  # what is wrong: the file's bytes (None: no such file), what is said
     "missing": (None, "photo.jpg is missing$"),
@@ -304,6 +386,31 @@ PHOTO_REFUSED = {  # what is wrong: the file's bytes (None: no such file), what 
         r"photo.jpg is damaged \(Corrupt JPEG data: ",
     ),
     "a block lost in the middle": (LARGE[:90_000] + LARGE[90_512:], r"photo.jpg is damaged \(Corrupt JPEG data: "),
+    "data lost between restart markers": (lose_a_restart_interval(RESTARTED), r"is damaged \(.*instead of RST3\)"),
+    "stray bytes between restart markers": (
+        RESTARTED.replace(b"\xff\xd1", b"\1\2\3\xff\xd1", 1),
+        r"is damaged \(.*3 extraneous bytes before marker 0xd1\)",
+    ),
+    "cut, behind a harmless fault": (
+        insert_segment(LARGE, BAD_ICC, 0xE2)[:-20_000],
+        r"is damaged \(image file is trunc",
+    ),
+    "a PNG with a byte changed": (
+        flip_a_byte(save(kind="PNG")),
+        "photo.jpg cannot be decoded as a photo$",
+    ),
+    "HEIC, as phones write": (
+        box(b"heic"),
+        "photo.jpg is a HEIC file, which cannot be read: convert it to JPEG or PNG$",
+    ),
+    "HEIC of several pictures": (box(b"msf1"), "photo.jpg is a HEIC file"),
+    "JPEG XL": (b"\xff\x0a" + bytes(99), "photo.jpg is a JPEG XL file"),
+    "Photoshop": (b"8BPS\0\1" + bytes(99), "photo.jpg is a Photoshop file"),
+    "raw, Canon's new one": (box(b"crx "), "photo.jpg is a raw file, which cannot be read: convert it to JPEG or PNG$"),
+    "raw, Canon's old one": (b"II*\0\x10\0\0\0CR\2\0" + bytes(99), "photo.jpg is a raw file"),
+    "raw, Fujifilm's": (b"FUJIFILMCCD-RAW 0201" + bytes(99), "photo.jpg is a raw file"),
+    "raw, with a thumbnail first": (raw_like(_254=1), "photo.jpg is a raw file"),
+    "raw, a DNG": (raw_like(_50706=b"\1\4\0\0"), "photo.jpg is a raw file"),
     "a cut PNG": (save(kind="PNG")[:-30], "photo.jpg cannot be decoded as a photo$"),
     "a cut GIF": (save(kind="GIF")[:-900], "photo.jpg cannot be decoded as a photo$"),
     "too large for OpenCV": (
@@ -344,6 +451,26 @@ PHOTO_FINE = {  # what is unusual: the file's bytes, the picture that it shows, 
     "a PNG named .jpg": (save(kind="PNG"), PHOTO, 0),
     "a PNG of 16 bits a channel": (DEEP, PHOTO, 0),
     "a PNG with transparency": (save(PHOTO.convert("RGBA"), "PNG"), PHOTO, 0),
+    "a PNG with transparent parts": (save(hide_colours(), "PNG"), on_white(hide_colours()), 0),
+    "a PNG that is half transparent everywhere": (
+        save(Image.merge("RGBA", [*PHOTO.split(), Image.new("L", PHOTO.size, 128)]), "PNG"),
+        on_white(Image.merge("RGBA", [*PHOTO.split(), Image.new("L", PHOTO.size, 128)])),
+        1,
+    ),
+    "a grey PNG with transparent parts": (
+        save(hide_colours().convert("LA"), "PNG"),
+        on_white(hide_colours().convert("LA")),
+        1,
+    ),
+    "a PNG with a transparent colour in its palette": (
+        save(PHOTO.quantize(256), "PNG", transparency=7),
+        on_white(Image.open(io.BytesIO(save(PHOTO.quantize(256), "PNG", transparency=7)))),
+        0,
+    ),
+    "a WebP with transparent parts": (save(hide_colours(), "WEBP", lossless=True), on_white(hide_colours()), 1),
+    "a JPEG with a piece of a colour profile": (insert_segment(JPEG, BAD_ICC, 0xE2), PHOTO, 2),
+    "an AVIF": (save(kind="AVIF", quality=95), PHOTO, 3),
+    "a TIFF that says that it is whole": (save(kind="TIFF", tiffinfo={254: 0}), PHOTO, 0),
     "a PNG with a palette": (save(PHOTO.quantize(256), "PNG"), PHOTO.quantize(256).convert("RGB"), 0),
     "a BMP": (save(kind="BMP"), PHOTO, 0),
     "a TIFF": (save(kind="TIFF"), PHOTO, 0),
@@ -394,6 +521,40 @@ def test_bytes_that_do_not_belong_there_are_worth_a_note(tmp_path, capsys):
     assert (
         "note: photo.jpg may be damaged (Corrupt JPEG data: 3 extraneous bytes before marker 0xd9): look at it" in said
     )
+
+
+def test_a_name_that_says_raw_or_heic_is_believed_unless_the_content_is_a_jpeg(tmp_path):
+    """OpenCV would decode the thumbnail of many a raw file."""
+    for name in ("IMG_1.NEF", "IMG_1.arw", "IMG_1.dng"):
+        (tmp_path / name).write_bytes(save(kind="TIFF"))
+        assert refusal(load_photo, tmp_path / name, (8, 8)).endswith(
+            f"{name} is a raw file, which cannot be read: convert it to JPEG or PNG"
+        )
+    (tmp_path / "IMG_2.HEIC").write_bytes(bytes(500))
+    assert "IMG_2.HEIC is a HEIC file" in refusal(load_photo, tmp_path / "IMG_2.HEIC", (8, 8))
+    (tmp_path / "IMG_3.HEIC").write_bytes(JPEG)  # a phone that was told to write JPEG
+    (tmp_path / "photo.jpg").write_bytes(JPEG)
+    np.testing.assert_array_equal(
+        load_photo(tmp_path / "IMG_3.HEIC", (8, 8)), load_photo(tmp_path / "photo.jpg", (8, 8))
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes in folders")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "photo.jpg")
+    assert refusal(load_photo, tmp_path / "photo.jpg", (8, 8)).endswith("photo.jpg is no file")
+
+
+@pytest.mark.parametrize("in_csv, on_disk", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_with_accents_is_found_in_either_spelling(tmp_path, in_csv, on_disk):
+    """A zip of a Mac spells é as e and an accent; one sees no difference."""
+    image_id = unicodedata.normalize(in_csv, "feuille_é")
+    name = unicodedata.normalize(on_disk, "feuille_é.jpg")
+    assert name != f"{image_id}.jpg"
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / name).write_bytes(JPEG)
+    images = cache_images("train", [image_id], [image_id], tmp_path, (16, 24), tmp_path / "cache", fit_photo)
+    np.testing.assert_array_equal(images[0], load_photo(tmp_path / "images" / name, (16, 24)))
 
 
 def test_a_link_to_a_photo_is_followed(tmp_path):
@@ -458,8 +619,10 @@ def test_all_bad_photos_are_reported_before_anything_is_trained_or_written(sampl
     said = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and said.startswith(f"error: {data / 'images'}: Train_0.jpg is missing; Train_4.jpg is")
     assert said.endswith(
-        "Train_32.jpg is empty (0 bytes); Train_33.jpg is damaged (Premature end of JPEG file) … and 2 more"
+        "Train_32.jpg is empty (0 bytes); Train_33.jpg is damaged (Premature end of JPEG file); Train_34.jpg cannot be "
+        "decoded as a photo; Train_35.jpg cannot be decoded as a photo"
     )
+    assert said.count("Train_") == 12
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "image_cache"]
     assert not names(tmp_path / "image_cache")
@@ -685,6 +848,16 @@ def test_a_cache_that_has_no_room_is_refused_before_a_photo_is_decoded(photos, h
         said = refusal(build, photos, (200, 300), N_PHOTOS, cache)
     assert re.search(r"cannot write .*npy: it needs 0.00\d* GB, 0.00\d* GB are free; name .* with --cache_dir$", said)
     assert names(cache) == before
+
+
+def test_a_cache_is_built_by_as_many_threads_as_there_are_cores_to_use(photos, monkeypatch):
+    """os.cpu_count() tells those of the machine, not of the container or job; photos in work would fill the memory."""
+    seen = []
+    pool = photos_room.ThreadPoolExecutor
+    monkeypatch.setattr(photos_room.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(photos_room, "ThreadPoolExecutor", lambda threads: seen.append(threads) or pool(threads))
+    build(photos)
+    assert seen == [len(os.sched_getaffinity(0))] if hasattr(os, "sched_getaffinity") else seen[0] < 64
 
 
 @pytest.mark.parametrize("how", ["full disk", "file size limit"])

@@ -110,7 +110,9 @@ def test_bad_photos_are_reported_and_skipped_and_equal_names_stay_apart(trained,
         "error: 4 of 6 photos could not be read, 1 folders held none, see above",
     ):
         assert line in done.stderr.splitlines()
-    assert "error: bare holds no photo" in done.stderr and "its name is not UTF-8: rename it" in done.stderr
+    assert (
+        "error: bare holds no photo" in done.stderr.splitlines() and "its name is not UTF-8: rename it" in done.stderr
+    )
     assert "note: left out of orchard, as no photos: orchard/notes.txt\n" in done.stdout
     assert found.index.tolist() == ["orchard/north/leaf.jpg", "orchard/south/leaf.jpg"]
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
@@ -146,6 +148,79 @@ def test_a_heat_map_is_laid_over_the_photo_as_it_was_taken(run_of_fold_0, traine
     heat = heat_maps(run_of_fold_0[1][0], lying[None], [found.to_numpy().argmax()])[0]
     heat = cv2.resize(cv2.transpose(heat), (width, height))  # as the photo was taken: upright
     assert np.corrcoef(heat.ravel(), magenta.ravel())[0, 1] > 0.9
+
+
+def fill(folder, names):
+    """Make a folder with empty files of these names."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_in_a_folder_what_is_a_photo_is_taken_and_nothing_else(trained, tmp_path, capsys):
+    """By its name or its content; not what systems leave, nor what begins with a dot; links are followed, loops end."""
+    content = (trained / "leaves" / "images" / "Test_1.jpg").read_bytes()
+    photos = ["a.JPG", "b.jfif", "c", "d.dat", "deep/er/e.jpg", "linked/f.jpg", "g.png.download", "h.HEIC", "i.nef"]
+    fill(tmp_path / "in", ["notes.txt", "film.mov", ".ipynb_checkpoints/a.jpg", "._a.JPG", ".DS_Store", "Thumbs.db"])
+    fill(tmp_path / "in", ["__MACOSX/x.jpg", "@eaDir/x.jpg", "deep/desktop.ini"])
+    (tmp_path / "in" / "film.mov").write_bytes(b"\0\0\0\x14ftypqt  " + bytes(3000))
+    (tmp_path / "in" / "tune.wav").write_bytes(b"RIFF\0\0\1\0WAVEfmt " + bytes(3000))
+    (tmp_path / "in" / "BMW.txt").write_text("BM is how a bitmap begins, too.")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "deep" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "self").symlink_to("self")
+    for name in photos:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(content)
+    found, empty = find_photos([tmp_path / "in"])
+    assert [str(path.relative_to(tmp_path / "in")) for path in found] == sorted(photos) and empty == 0
+    assert "note: left out of " in capsys.readouterr().out
+    assert find_photos([tmp_path / "in" / ".ipynb_checkpoints" / "a.jpg"])[0]  # what is named is taken
+    fill(tmp_path / "only", [".hidden.jpg", "notes.txt"])
+    assert find_photos([tmp_path / "only"]) == ([], 1)
+
+
+def test_photos_that_cannot_be_decoded_are_errors_that_say_what_to_do(trained, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes((trained / "leaves" / "images" / "Test_1.jpg").read_bytes())
+    (tmp_path / "in" / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(3000))
+    (tmp_path / "in" / "IMG_2").write_bytes(b"\0\0\0\x18ftypheic" + bytes(3000))
+    (tmp_path / "in" / "DSC_3.NEF").write_bytes(b"MM\0*" + bytes(3000))
+    done, found = predict_photos("in", trained=trained, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and found.index.tolist() == ["in/a.jpg"] and "Traceback" not in done.stderr
+    for name, kind in (("IMG_1.HEIC", "HEIC"), ("IMG_2", "HEIC"), ("DSC_3.NEF", "raw")):
+        said = f"error: in/{name} is a {kind} file, which cannot be read: convert it to JPEG or PNG"
+        assert said in done.stderr.splitlines()
+
+
+def test_results_come_before_heat_maps_and_long_names_are_shortened(trained, tmp_path):
+    content = (trained / "leaves" / "images" / "Test_1.jpg").read_bytes()
+    names = ["叶" * 78, "叶" * 78 + "二", "x" * 250]
+    for name in names:
+        (tmp_path / f"{name}.jpg").write_bytes(content)
+    photos = [f"{name}.jpg" for name in names]
+    _, found = predict_photos(*photos, "--heat_maps", "maps", trained=trained, cwd=tmp_path)
+    assert found.index.tolist() == photos
+    maps = sorted(path.name for path in (tmp_path / "maps").iterdir())
+    assert len(maps) == 3 and maps[0].startswith("0001-叶叶") and maps[2].startswith("0003-xxx")
+    (tmp_path / "predictions.csv").unlink()
+    (tmp_path / "full" / "0001-photo-healthy.jpg").mkdir(parents=True)  # in the way of one of the four possible names
+    (tmp_path / "photo.jpg").write_bytes(content)
+    for name in CLASSES:
+        (tmp_path / "full" / f"0001-photo-{name}.jpg").mkdir(exist_ok=True)
+    done, found = predict_photos("photo.jpg", "--heat_maps", "full", trained=trained, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "error: cannot write full/0001-photo-" in done.stderr and len(found) == 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_name_that_the_terminal_cannot_show_ends_nothing(trained, tmp_path, encoding):
+    (tmp_path / "叶.jpg").write_bytes((trained / "leaves" / "images" / "Test_1.jpg").read_bytes())
+    (tmp_path / "日志").symlink_to(trained / "logs")
+    options = ["--log_dir", "日志", "--folds", 0, "--num_workers", 0]
+    done = run_script("predict.py", "叶.jpg", *options, cwd=tmp_path, cold=True, PYTHONIOENCODING=encoding)
+    assert pd.read_csv(tmp_path / "predictions.csv")["image"].tolist() == ["叶.jpg"]
+    assert "\\u53f6.jpg" in done.stdout and "Traceback" not in done.stderr
 
 
 def test_what_is_named_is_found_once_and_in_order(tmp_path):
