@@ -9,6 +9,8 @@ Writes  predictions.csv: each photo as it was named, and the mean probabilities 
 Expect  the same as a table. A photo that cannot be read is named on stderr and left out; the exit status is then 1.
 """
 
+import os
+
 from harness.command_line import file_or_folder, parse_args
 from utils import CLASSES, make_prediction_parser
 
@@ -16,7 +18,7 @@ from utils import CLASSES, make_prediction_parser
 def make_photo_parser():
     """What predict.py takes."""
     parser = make_prediction_parser(__doc__)
-    parser.add_argument("photos", type=file_or_folder, nargs="+", metavar="PHOTO|FOLDER", help="what to classify")
+    parser.add_argument("photos", type=os.path.expanduser, nargs="+", metavar="PHOTO|FOLDER", help="what to classify")
     group = parser.add_argument_group("new photos")
     group.add_argument(
         "--tta", action="store_true", help="mean of augmented views, as in steps 2 and 4: slower, a little better"
@@ -33,7 +35,6 @@ def make_photo_parser():
 if __name__ == "__main__":  # before the imports that take seconds: a typo should not wait for them
     ARGS = parse_args(make_photo_parser())
 
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -11,6 +11,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def file_or_folder(text):
+    if not text.isprintable():  # bytes that are no UTF-8, as old archives unpack, or a line break
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name in UTF-8 that can be written down: rename it")
     return os.path.expanduser(text)  # bash leaves the ~ of --log_dir=~/logs to the program
 
 

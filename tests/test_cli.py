@@ -14,9 +14,10 @@ import models
 import train
 from harness.command_line import parse_args
 from harness.console import InputError, say
-from harness.devices import choose_device, choose_precision
+from harness.devices import choose_device, choose_precision, compute_exactly
 from harness.run import Run
-from utils import CLASSES, make_training_parser, split_folds
+from inference import load_trained
+from utils import CLASSES, make_prediction_parser, make_training_parser, split_folds
 
 SCRIPTS = ("train.py", "generate_soft_labels.py", "generate_distilled_submission.py", "blend.py")
 
@@ -207,6 +208,20 @@ def test_precision_is_never_changed_silently(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=bf16: found)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda found=amx: found)
         assert choose_precision(None, "cpu") == expected
+
+
+def test_float32_means_float32_and_algorithms_are_fixed(trained, monkeypatch, tmp_path):
+    """TF32, on by default in cuDNN, has 10 bits; the original predicts in float32, with deterministic algorithms."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    monkeypatch.setattr(cudnn, "deterministic", False)
+    cudnn.allow_tf32 = matmul.allow_tf32 = True
+    compute_exactly("16")
+    assert cudnn.allow_tf32 and cudnn.deterministic and not cudnn.benchmark
+    monkeypatch.chdir(tmp_path)
+    options = ["--log_dir", str(trained / "logs"), "--folds", "0"]
+    load_trained(parse_args(make_prediction_parser(""), options))
+    assert not cudnn.allow_tf32 and not matmul.allow_tf32 and cudnn.deterministic
 
 
 def test_missing_data_is_said_before_anything_is_written(tmp_path):

@@ -193,9 +193,41 @@ def test_near_duplicates_are_found_mirrored_turned_and_recompressed_and_nothing_
     source = photos[4]
     again = cv2.imdecode(cv2.imencode(".jpg", source, [cv2.IMWRITE_JPEG_QUALITY, 40])[1], cv2.IMREAD_COLOR)
     changed = [source[::-1], np.rot90(source), cv2.resize(again, (96, 64)), cv2.convertScaleAbs(source, alpha=1.1)]
-    hashes = np.array([hash_photo(np.ascontiguousarray(photo)) for photo in [*photos, *changed]])
-    alike = [4, 30, 31, 32, 33]
-    assert sorted(find_near_duplicates(hashes)) == [(i, j) for i in alike for j in alike if i < j]
+    square = cv2.resize(photos[7], (128, 128))
+    turned = [square, *(np.rot90(square, k) for k in (1, 2, 3)), square.transpose(1, 0, 2), np.rot90(square)[:, ::-1]]
+    hashes = np.array([hash_photo(np.ascontiguousarray(photo)) for photo in [*photos, *changed, *turned]])
+    groups = [4, 30, 31, 32, 33], [7, 34, 35, 36, 37, 38, 39]
+    pairs = find_near_duplicates(hashes)
+    assert sorted(pairs) == sorted((i, j) for alike in groups for i in alike for j in alike if i < j)
+
+
+def test_the_nearest_pairs_come_first():
+    own = np.where(np.random.default_rng(0).random((5, 64)) < 0.5, -1, 1).astype(np.int8)
+    for row, of, bits in ((1, 0, 6), (3, 2, 8), (4, 2, 9)):  # 8 bits may differ
+        own[row] = own[of]
+        own[row, :bits] *= -1
+    hashes = np.where(np.random.default_rng(1).random((5, 8, 64)) < 0.5, -1, 1).astype(np.int8)
+    hashes[:, 0] = own
+    hashes[2, 5] = own[0]  # turned, the third shows what the first shows
+    assert find_near_duplicates(hashes) == [(0, 2), (3, 4), (0, 1), (1, 2), (2, 3)]
+
+
+def test_of_many_near_duplicates_the_nearest_are_shown_and_the_rest_is_counted(analysed, trained, tmp_path):
+    """Leaves on one grey board: nearly all pairs are alike."""
+    shutil.copytree(trained / "leaves", tmp_path / "leaves")
+    names = pd.read_csv(tmp_path / "leaves" / "train.csv")["image_id"]
+    for name in names:
+        photo = np.full((128, 192, 3), 128, np.uint8)
+        cv2.circle(photo, (96, 64), 40, (40, 160, 60), -1)
+        cv2.imwrite(str(tmp_path / "leaves" / "images" / f"{name}.jpg"), photo)
+    options = ["--data_dir", tmp_path / "leaves", "--log_dir", trained / "logs", "--cache_dir", tmp_path / "cache"]
+    done = run_script("error_analysis.py", *options, "--folds", 0, "--num_workers", 0, "--worst", 3, cwd=tmp_path)
+    page = (tmp_path / "error_analysis.html").read_text()
+    n = int(re.search(r"(\d+) pairs of near-duplicates \((\d+) of contradicting", done.stdout).group(2))
+    section = re.search(r'<section id="duplicates">(.*?)</section>', page, re.S).group(1)
+    assert n > 100 and section.count("<li") == 3 and f"{n - 3} more are in" in section
+    twins = pd.read_csv(tmp_path / "error_analysis.csv", keep_default_na=False)["near_duplicates"]
+    assert all(set(text.split("/")) < set(names) for text in twins)
 
 
 def test_contradicting_near_duplicates_are_listed(analysed, planted):

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from hashlib import sha256
@@ -245,6 +246,93 @@ def test_an_interrupted_prediction_keeps_what_it_has(trained, tmp_path):
     assert "stopped: what is predicted is kept in logs; the same command goes on from there" in said
     again = run_script("generate_soft_labels.py", *options, cwd=tmp_path / "run").stdout
     assert "out-of-fold: taken from" in again and (tmp_path / "run" / "submission.csv").exists()
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """A function that makes a folder read-only, as a Kaggle input is; only root can, by a mount."""
+    mounted = []
+
+    def make(folder):
+        for command in (["mount", "--bind", folder, folder], ["mount", "-o", "remount,ro,bind", folder]):
+            if sys.platform != "linux" or os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+                pytest.skip("nothing can be mounted here")
+            mounted[:] = [folder]
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_log_directory_that_cannot_be_written_is_predicted_from_all_the_same(trained, sample, tmp_path, read_only):
+    shutil.copytree(trained, tmp_path / "input")
+    read_only(tmp_path / "input")
+    options = ["--log_dir", tmp_path / "input" / "logs", "--folds", 0, "--num_workers", 0, "--cache_dir", "cache"]
+    options += ["--data_dir", sample]
+    done = run_script("generate_soft_labels.py", *options, cwd=tmp_path)
+    assert "predictions: Read-only file system; an interruption will lose what is predicted so far" in done.stdout
+    assert len(pd.read_csv(tmp_path / "soft_labels.csv")) == 9 and (tmp_path / "submission.csv").exists()
+    script = start_script("generate_soft_labels.py", *options, "--val_batch_size", 1, cwd=tmp_path)
+    wait_until(lambda: "test photos" in script.stderr, script)
+    os.kill(script.pid, signal.SIGINT)
+    assert script.wait(60) == 130 and "stopped: nothing is kept, as nothing can be written in" in script.stdout
+
+
+def test_a_disk_that_fills_up_costs_what_was_kept_not_the_prediction(trained, tmp_path):
+    """A limit that lets the CSV files pass, but not what is kept of a prediction."""
+    shutil.copytree(trained, tmp_path / "run")
+    options = ["--folds", 0, "--num_workers", 0, "--cache_dir", tmp_path / "cache"]
+    run_script("generate_soft_labels.py", *options, cwd=tmp_path / "run")
+    csv = (tmp_path / "run" / "submission.csv").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "logs" / "predictions")
+    done = run_script("generate_soft_labels.py", *options, cwd=tmp_path / "run", file_size=len(csv) + 100)
+    assert "File too large; an interruption will lose what is predicted so far" in done.stdout
+    assert (tmp_path / "run" / "submission.csv").read_bytes() == csv
+
+
+def test_a_cache_folder_of_another_machine_is_named_with_what_to_type(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / "logs" / "hparams.yaml"
+    record = yaml.safe_load(path.read_text())
+    (tmp_path / "kaggle").write_text("no folder")
+    record["options"]["cache_dir"] = str(tmp_path / "kaggle" / "working" / "image_cache")
+    path.write_text(yaml.safe_dump(record))
+    step = ["generate_distilled_submission.py", "--log_dir", "logs", "--folds", 0, "--num_workers", 0]
+    done = run_script(*step, cwd=tmp_path / "run", check=False)
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert re.match("error: cannot make the folder .*image_cache: .*; name another folder with --cache_dir$", said)
+    run_script(*step, "--cache_dir", "cache", cwd=tmp_path / "run")
+
+
+def test_another_environment_is_noted_and_never_refused(trained, sample, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    train = ["train.py", "--data_dir", sample, *QUICK, "--folds"]
+    run_script(*train, 0, cwd=tmp_path, OMP_NUM_THREADS="1")
+    path = tmp_path / "logs" / "hparams.yaml"
+    record = yaml.safe_load(path.read_text())
+    assert record["environment"]["torch"] == torch.__version__.split("+")[0] and record["environment"]["threads"] == 1
+    assert "another environment" not in run_script(*train, 1, cwd=tmp_path, OMP_NUM_THREADS="1").stdout
+    record["environment"]["torch"] = "2.6.0"
+    path.write_text(yaml.safe_dump(record))
+    said = run_script(*train, 2, cwd=tmp_path, OMP_NUM_THREADS="2").stdout
+    now = torch.__version__.split("+")[0]
+    assert re.search(
+        rf"note: logs was begun in another environment \(.*torch was 2.6.0, is {now}.*\): results may", said
+    )
+    assert "threads was 1, is 2" in said and pd.read_csv(tmp_path / "logs" / "results.csv")["fold"].tolist() == [
+        0,
+        1,
+        2,
+    ]
+
+
+@pytest.mark.parametrize("option", ["--log_dir", "--data_dir", "--cache_dir", "--soft_labels_filename"])
+def test_a_name_that_cannot_be_written_down_is_refused(option, tmp_path):
+    """Bytes from an old zip: no record and no TensorBoard could hold them."""
+    done = run_script("train.py", option, os.fsdecode(b"logs-\xe4"), cwd=tmp_path, check=False, cold=True)
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and f"argument {option}: 'logs-\\udce4' is not a name in UTF-8" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_moved_log_directory_still_knows_its_best_checkpoints(uninterrupted, sample, tmp_path):
