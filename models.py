@@ -84,11 +84,11 @@ class LeafNet(nn.Module):
 
 # ---------------------------------------------------------------------------------------------- learning
 
-SCHEDULES = {  # the learning rate, stepped once an epoch, from a highest to a hundredth of it, by its name
+SCHEDULES = {  # the learning rate, stepped once in each of n epochs, from a highest to a hundredth of it, by its name
     # restarts every 10 epochs (SGDR, arXiv 1608.03983), as the original's code had it
-    "cosine": lambda optimizer, highest: CosineAnnealingWarmRestarts(optimizer, T_0=10, eta_min=highest / 100),
+    "cosine": lambda optimizer, highest, n: CosineAnnealingWarmRestarts(optimizer, T_0=10, eta_min=highest / 100),
     # five epochs up and five down (arXiv 1506.01186), as its write-up draws it
-    "triangular": lambda optimizer, highest: CyclicLR(
+    "triangular": lambda optimizer, highest, n: CyclicLR(
         optimizer, highest / 100, highest, step_size_up=5, step_size_down=5, cycle_momentum=False
     ),
 }
@@ -118,7 +118,7 @@ class LeafModule(pl.LightningModule):
         # Fused is faster, but under fp16's loss scaling the clipping would see gradients that are still scaled.
         fused = self.trainer.precision != "16-mixed"
         optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, fused=fused)
-        schedule = SCHEDULES[self.lr_schedule](optimizer, self.learning_rate)
+        schedule = SCHEDULES[self.lr_schedule](optimizer, self.learning_rate, self.trainer.max_epochs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
 
     # Lightning's own clipping refuses a fused optimizer under bf16, for the sake of a loss scaler that is not there.

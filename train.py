@@ -46,7 +46,7 @@ class TrainingData:
     """The labelled photos, in the row order of train.csv."""
 
     image_ids: pd.Series
-    folds: np.ndarray  # int (n,)
+    folds: np.ndarray  # int (n,); -1: in no fold, so that all of them train on it
     hard_labels: np.ndarray  # float32 (n, 4), one-hot: what validation compares with
     labels: np.ndarray  # float32 (n, 4): what is trained on, hard or mixed with soft labels
     images: CachedImages
@@ -60,7 +60,8 @@ def read_training_data(args, run):
         limited = args.limit is not None
         soft = read_probabilities(args.soft_labels_filename, CLASSES, train["image_id"], may_hold_more=limited)
         labels = mix_labels(hard_labels, soft[list(CLASSES)].to_numpy(), args.soft_share)
-    folds = split_folds(len(train), args.seed if args.fold_seed is None else args.fold_seed)
+    seed = args.seed if args.fold_seed is None else args.fold_seed
+    folds = split_folds(len(train), seed, hard_labels.argmax(1))
     run.check(folds, hard_labels)
     images = cached_photos(args, "train", train["image_id"])
     return TrainingData(train["image_id"], folds, hard_labels, labels, images)

@@ -156,9 +156,10 @@ def derive_seed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-def split_folds(n, seed):
+def split_folds(n, seed, labels=None):
     """Fold number of each of `n` rows of train.csv, int array (n,): KFold(5, shuffle=True, random_state=seed).
 
+    labels: the class number of each row, int (n,); KFold does not look at them, StratifiedKFold in its place would.
     Raises InputError if there are fewer rows than folds.
     """
     from sklearn.model_selection import KFold  # a second that --help and blend.py need not wait for
@@ -166,7 +167,8 @@ def split_folds(n, seed):
     if n < N_FOLDS:
         raise InputError(f"train.csv has {n} rows, too few for {N_FOLDS} folds")
     folds = np.empty(n, dtype=np.int64)
-    for fold, (_, validation) in enumerate(KFold(N_FOLDS, shuffle=True, random_state=seed).split(np.zeros(n))):
+    splits = KFold(N_FOLDS, shuffle=True, random_state=seed).split(np.zeros(n), labels)
+    for fold, (_, validation) in enumerate(splits):
         folds[validation] = fold
     return folds
 

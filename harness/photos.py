@@ -167,15 +167,16 @@ class CachedImages:
     def __getitem__(self, row):
         return self.array[row if self.rows is None else self.rows[row]]
 
-    def digest(self):
-        """SHA-256 of the pixels of all rows, as hexadecimal digits: the same whichever cache they are taken from."""
-        pixels = sha256()
-        for row in range(len(self)):
-            pixels.update(self[row])
-        return pixels.hexdigest()
-
     def __reduce__(self):
         return CachedImages, (self.path, self.rows)
+
+
+def digest_photos(images, rows):
+    """SHA-256 of the pixels of some rows of `images`, as hexadecimal digits: the same whichever cache they come from."""
+    pixels = sha256()
+    for row in rows:
+        pixels.update(images[row])
+    return pixels.hexdigest()
 
 
 def cache_images(name, image_ids, all_ids, data_dir, image_size, cache_dir, fit):

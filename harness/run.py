@@ -47,6 +47,7 @@ from harness.log_dir import (
     resume_path,
     show_results,
 )
+from harness.photos import digest_photos
 from harness.sources import digest, digest_definitions, training_sources
 from harness.weights import load_checkpoint
 
@@ -68,6 +69,8 @@ class Run:
         quiet_libraries()
         self.args, self.n_folds, self.classes = args, n_folds, list(classes)
         self.data, self.folds_left, self.facts = None, [], {}
+        # recorded by their content; what an edit of the recipe reads besides is to be added here, before `begin`
+        self.inputs = {"train.csv": Path(args.data_dir) / "train.csv", "soft labels": args.soft_labels_filename}
         self.device, self.indices = choose_device(args.gpus, args.cpu_processes)
         args.precision = choose_precision(args.precision, self.device)
         compute_exactly(args.precision)
@@ -81,17 +84,20 @@ class Run:
             say(
                 "note: SLURM has given this job several tasks, but one process was started: srun python … starts them all"
             )
-        parts = args.accumulate_grad_batches
-        fitting = fit_batch(self.indices, args.train_batch_size, parts)
-        if args.gpus is None and fitting and not (args.parallel_folds or self.one_of_several):
-            if len(fitting) < len(self.indices):
-                unused = " ".join(map(str, self.indices[len(fitting) :]))
-                say(f"note: a batch of {args.train_batch_size} cannot be shared by all GPUs: {unused} not used")
-            self.indices = fitting
+        if args.gpus is None and not (args.parallel_folds or self.one_of_several):
+            self._use_as_many_as_divide_the_batch()
         self.n_devices = 1 if args.parallel_folds else len(self.indices) * args.num_nodes
         if "num_workers" not in args.typed:  # the default is for one process alone on this machine
             args.num_workers = max(1, args.num_workers // len(self.indices))
         self.is_writer = not launch.IS_LAUNCHED and is_first_process()  # of the record and of results.csv
+
+    def _use_as_many_as_divide_the_batch(self):
+        args = self.args
+        fitting = fit_batch(self.indices, args.train_batch_size, args.accumulate_grad_batches)
+        if 0 < len(fitting) < len(self.indices):
+            unused = " ".join(map(str, self.indices[len(fitting) :]))
+            say(f"note: a batch of {args.train_batch_size} cannot be shared by all GPUs: {unused} not used")
+            self.indices = fitting
 
     def check(self, folds, labels):
         """Raise InputError if the batch cannot be made, or a fold's AUC is undefined. folds: int (n,); labels: (n, k)."""
@@ -125,8 +131,9 @@ class Run:
     def begin(self, data, weights, predicts_with):
         """Meet the other processes, lock the folds, compare with what the log directory holds, and record this start.
 
-        data: has image_ids, folds and the cached images; weights: the file that the backbone starts from, or None;
-        predicts_with: the functions and classes that a prediction depends on, which must stay as they are.
+        data: has image_ids, folds and images, a row a photo; a photo of fold -1 belongs to none and is not in folds.csv;
+        weights: the file that the backbone starts from, or None; predicts_with: the functions and classes that a
+        prediction depends on, which must stay as they are.
         Raises InputError if another process trains one of the folds, or if the log directory holds other folds.
         """
         args, locks, wait_for_all, self.data = self.args, [], None, data
@@ -136,16 +143,13 @@ class Run:
             check_sources(args.log_dir, training_sources())
         elif self.one_of_several:
             wait_for_all = launch.join_processes(self.device, self.indices, args.num_nodes)
-        inputs = {"train.csv": Path(args.data_dir) / "train.csv", "weights": weights}
-        inputs |= {"soft labels": args.soft_labels_filename}
-        fingerprints = {name: sha256(path) for name, path in inputs.items() if path is not None}
-        fingerprints["the photos"] = data.images.digest()
-        definitions, sources = digest_definitions(predicts_with), training_sources()
+        fingerprints, sources = self._fingerprint_inputs(weights), training_sources()
         # Then lock, compare and record, in this order: what is compared must not change before it is recorded. One
         # process does it for all; those that a process has launched are covered by its locks.
         if self.is_writer:
-            devices, rows = f"{self.n_devices} x {self.device}", (data.image_ids, data.folds)
-            what = fingerprints, definitions, sources, devices, describe_environment()
+            devices, in_folds = f"{self.n_devices} x {self.device}", data.folds >= 0
+            rows = data.image_ids[in_folds], data.folds[in_folds]
+            what = fingerprints, digest_definitions(predicts_with), sources, devices, describe_environment()
             locks = open_log_dir(args, self.n_folds, *rows, *what)
             say(f"{args.backbone} from {weights or 'scratch'}, {devices}, precision {args.precision}")
         # The others wait, or they would read the log directory of before; then all must be about to do the same.
@@ -162,9 +166,17 @@ class Run:
             for lock in locks:
                 lock.release()
 
+    def _fingerprint_inputs(self, weights):
+        """SHA-256 of what is trained on and from: dict of name to hexadecimal digits."""
+        files, data = self.inputs | {"weights": weights}, self.data
+        parts = {"the photos": data.folds >= 0, "the photos of no fold": data.folds < 0}
+        return {name: sha256(path) for name, path in files.items() if path is not None} | {
+            name: digest_photos(data.images, np.flatnonzero(part)) for name, part in parts.items() if part.any()
+        }
+
     def describe(self, module, folds):
-        """Say what will be trained: parameters, photos, epochs, and how a batch is made."""
-        args, n_photos = self.args, len(folds)
+        """Say what will be trained: parameters, photos, epochs, and how a batch is made. folds: int (n,)."""
+        args, n_photos, n_others = self.args, int((folds >= 0).sum()), int((folds < 0).sum())
         parts = [f"{self.n_devices} devices"] * (self.n_devices > 1)
         parts += [f"{args.accumulate_grad_batches} parts"] * (args.accumulate_grad_batches > 1)
         per_part = args.train_batch_size // self.n_devices // args.accumulate_grad_batches
@@ -172,7 +184,8 @@ class Run:
         n_parameters = sum(parameter.numel() for parameter in module.network.parameters())
         say(
             f"{n_parameters:,} parameters; {n_photos} photos, a fold validates on {n_photos // self.n_folds} of them; "
-            f"{args.max_epochs} epochs a fold, {batch}"
+            + (f"every fold trains on {n_others} more; " if n_others else "")
+            + f"{args.max_epochs} epochs a fold, {batch}"
         )
 
     def train_folds(self, train_fold):

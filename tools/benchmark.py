@@ -15,10 +15,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pytorch_lightning as pl
 import torch
 
 from dataset import EpochSampler, LeafDataset, fit_photo, load_photo, make_loader, train_augmentation
 from harness.command_line import HelpFormatter, positive
+from harness.console import quiet_libraries
 from harness.devices import autocast, choose_device, choose_precision
 from harness.photos import cache_images
 from harness.prediction import COMPILE_FROM, compile_network, fold_batch_norm
@@ -101,6 +103,8 @@ def bench_loader(dataset, n, workers, batch_size=32):
 def make_step(network, size, batch, device, precision, plain):
     """A function that takes one training step as train.py does, or as plain float32 code would."""
     module = LeafModule(network.train(), "cosine", 1e-3, 0).to(device)
+    quiet_libraries()
+    module.trainer = pl.Trainer(max_epochs=1, logger=False, enable_checkpointing=False)  # the schedule asks how many
     network = network.to(memory_format=torch.contiguous_format if plain else torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), 1e-3) if plain else module.configure_optimizers()["optimizer"]
     images = torch.randint(0, 256, (batch, *size, 3), dtype=torch.uint8, device=device)

@@ -34,7 +34,7 @@ def draw_schedule(path, epochs=70):
     figure, axes = plt.subplots(figsize=(9, 3), layout="constrained")
     for name, style in (("cosine", "-"), ("triangular", "--")):
         optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1e-3)
-        schedule, rates = SCHEDULES[name](optimizer, 1e-3), []
+        schedule, rates = SCHEDULES[name](optimizer, 1e-3, epochs), []
         for _ in range(epochs):
             rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()

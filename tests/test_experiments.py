@@ -1,0 +1,193 @@
+"""experiments/: each diff applies, is small and clean, says how to run it, and has the effect that effects.py asserts."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from hashlib import sha256
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import QUICK, REPO, run_script
+
+from utils import CLASSES
+
+DIFFS = {path.stem: path.read_text() for path in sorted((REPO / "experiments").glob("*.diff"))}
+NAMES = """flip_tta gem_pooling grouped_folds label_smoothing mixup no_restarts pseudo_labels rank_blend rare_class_weight
+soft_labels_by_row stratified_folds weights_average""".split()
+TRAININGS = [name for name in NAMES if name not in ("flip_tta", "rank_blend")]
+EFFECTS = REPO / "tests" / "effects.py"
+
+
+def commands(name):
+    """What the header of a diff tells to type: list of lists of words."""
+    header = DIFFS[name].split("\ndiff --git ")[0]
+    return [shlex.split(line) for line in header.splitlines() if line.startswith("  ")]
+
+
+def count_lines(name):
+    """The files that a diff edits: dict of name to the numbers of lines added and removed."""
+    counts = subprocess.run(["git", "apply", "--numstat"], input=DIFFS[name], cwd=REPO, text=True, capture_output=True)
+    rows = [line.split("\t") for line in counts.stdout.splitlines()]
+    return {file: (int(added), int(removed)) for added, removed, file in rows}
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A function of an experiment's name: a copy of the recipe and its rooms with that diff applied, made once."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            folder = made[name] = tmp_path_factory.mktemp("copy") / name
+            folder.mkdir()
+            for path in [*REPO.glob("*.py"), REPO / "pyproject.toml"]:
+                shutil.copy(path, folder)
+            for room in ("harness", "analysis"):
+                shutil.copytree(REPO / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
+            outside = {
+                **os.environ,
+                "GIT_CEILING_DIRECTORIES": str(folder.parent),
+            }  # a repository around is none of ours
+            git = ["git", "apply", REPO / "experiments" / f"{name}.diff"]
+            done = subprocess.run(git, cwd=folder, env=outside, text=True, capture_output=True)
+            assert done.returncode == 0, done.stderr
+        return made[name]
+
+    return make
+
+
+# ---------------------------------------------------------------------------------------------- the diffs themselves
+
+
+def test_every_experiment_is_known_here():
+    assert list(DIFFS) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_diff_is_small_applies_and_leaves_clean_code(name, copy):
+    counts = count_lines(name)
+    assert 1 <= len(counts) <= 2 and sum(added for added, _ in counts.values()) <= 15
+    for file in counts:
+        assert (copy(name) / file).read_text() != (REPO / file).read_text()
+    for check in (["check"], ["format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *check, "."], cwd=copy(name), text=True, capture_output=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert max(map(len, DIFFS[name].split("\ndiff --git ")[0].splitlines())) <= 120
+
+
+def test_the_commands_of_the_headers_can_be_typed(tmp_path):
+    options, log_dirs = {}, []
+    for name in NAMES:
+        typed = commands(name)
+        assert ["git", "apply", f"experiments/{name}.diff"] in typed
+        assert any(words[:2] == ["python", "compare.py"] for words in typed)
+        for words in typed:
+            if words[0] == "python" and (REPO / words[1]).exists():
+                script = words[1]
+                if script not in options:
+                    options[script] = set(re.findall(r"--\w+", run_script(script, "--help", cwd=tmp_path).stdout))
+                assert {word for word in words if word.startswith("--")} <= options[script], words
+            else:
+                assert words[0] in ("git", "cp") or words[1] == "compare.py", words
+            if words[1] == "train.py":
+                log_dirs.append(words[words.index("--log_dir") + 1])
+    assert {"train.py", "blend.py", "generate_soft_labels.py"} <= set(options)
+    assert len(set(log_dirs)) == len(log_dirs) == len(TRAININGS) and not {"logs", "logs_submit_distill"} & set(log_dirs)
+
+
+def test_the_table_of_the_page_agrees_with_the_diffs():
+    page = (REPO / "docs" / "experiments.md").read_text()
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| [")]
+    found = {re.search(r"\(\.\./experiments/(\w+)\.diff\)", cells[0])[1]: cells for cells in rows}
+    assert len(rows) == len(found) and set(found) == set(NAMES)
+    for name, cells in found.items():
+        counts = count_lines(name)
+        assert cells[1].split() == [f"`{file}`" for file in counts], name
+        added, removed = map(sum, zip(*counts.values(), strict=True))
+        assert cells[2].strip() == f"+{added} −{removed}", name
+
+
+# ---------------------------------------------------------------------------------------------- what they change
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_effect_is_there_with_the_diff_and_only_with_it(name, copy, tmp_path):
+    run_script(str(EFFECTS), name, cwd=tmp_path, PYTHONPATH=str(copy(name)))
+    plain = run_script(str(EFFECTS), name, cwd=tmp_path, PYTHONPATH=str(REPO), check=False)
+    assert plain.returncode == 1 and "AssertionError" in plain.stderr, plain.stderr
+
+
+@pytest.fixture(scope="module")
+def plain(sample, tmp_path_factory):
+    """A folder with what the experiments read, and one fold trained by the recipe as it stands, on hard and soft labels."""
+    folder = tmp_path_factory.mktemp("plain")
+    rng, classes = np.random.default_rng(0), list(CLASSES)
+    for name, output in (("train", "soft_labels.csv"), ("sample_submission", "submission.csv")):
+        frame = pd.read_csv(sample / f"{name}.csv")
+        frame[classes] = rng.dirichlet(np.ones(4), len(frame))
+        frame.to_csv(folder / output, index=False)
+    near = pd.read_csv(sample / "train.csv")[["image_id"]].assign(near_duplicates="")
+    near.loc[:1, "near_duplicates"] = near["image_id"][[1, 0]].to_numpy()
+    near.to_csv(folder / "error_analysis.csv", index=False)
+    train(REPO, sample, folder, [])
+    train(REPO, sample, folder, ["--soft_labels_filename", "soft_labels.csv", "--log_dir", "logs_submit_distill"])
+    return folder
+
+
+def train(repo, sample, cwd, options, epochs=2, **settings):
+    quick = ["--data_dir", sample, *QUICK, "--max_epochs", epochs, "--folds", 0]
+    return run_script(str(repo / "train.py"), *quick, *options, cwd=cwd, **settings)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_training_with_the_diff_is_another_one(name, copy, plain, sample, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(plain, work)
+    (words,) = [words for words in commands(name) if words[1] == "train.py"]
+    options = words[words.index("1") + 1 :]  # without the batch and the GPUs
+    epochs = 2 if name == "no_restarts" else 1
+    said = train(copy(name), sample, work, options, epochs).stdout
+    logs, before = work / options[-1], work / ("logs_submit_distill" if "--soft_labels_filename" in options else "logs")
+
+    def read(folder, file):
+        return pd.read_csv(folder / file)
+
+    losses = [read(of, "metrics/fold=0.csv")[["train_loss", "val_loss"]][:epochs] for of in (before, logs)]
+    assert not np.isclose(*losses, atol=1e-6).all()
+    folds = read(logs, "folds.csv")
+    assert folds["image_id"].tolist() == read(sample, "train.csv")["image_id"].tolist()
+    assert folds.equals(read(before, "folds.csv")) == (name not in ("stratified_folds", "grouped_folds"))
+    assert set(read(logs, "out_of_fold.csv")["image_id"]) == set(folds["image_id"][folds["fold"] == 0])
+    recorded, usual = (yaml.safe_load((of / "hparams.yaml").read_text())["fingerprints"] for of in (logs, before))
+    (edited,) = count_lines(name)
+    assert recorded[edited] != usual[edited] and recorded["the photos"] == usual["the photos"]
+    weights = [torch.load(next(of.glob("fold=0-epoch*.ckpt")))["state_dict"] for of in (before, logs)]
+    assert set(weights[1]) - set(weights[0]) == ({"network.p"} if name == "gem_pooling" else set())
+
+    if name == "no_restarts":
+        assert read(logs, "metrics/fold=0.csv")["lr"].tolist() == pytest.approx([1e-3, 5.05e-4])
+    if name == "grouped_folds":
+        assert folds["fold"][0] == folds["fold"][1]
+    if name in ("weights_average", "pseudo_labels"):  # step 2 reads the folds, and makes the same of the checkpoint
+        script = str(copy(name) / "generate_soft_labels.py")
+        run_script(script, "--log_dir", logs, "--folds", 0, "--tta_draws", 1, "--num_workers", 0, cwd=work)
+        soft = read(work, "soft_labels.csv")
+        seen = read(logs, "out_of_fold.csv").set_index("image_id").loc[soft["image_id"], list(CLASSES)]
+        np.testing.assert_allclose(seen, soft[list(CLASSES)], atol=1e-5)
+    if name == "pseudo_labels":
+        assert "41 photos, a fold validates on 8 of them; every fold trains on 12 more; " in said
+        assert recorded["pseudo labels"] == sha256((plain / "submission.csv").read_bytes()).hexdigest()
+        assert set(recorded) - set(usual) == {"pseudo labels", "the photos of no fold"}
+        shutil.copy(
+            plain / "soft_labels.csv", work
+        )  # but submission.csv is now what step 2 has made of the new networks
+        refused = train(copy(name), sample, work, options, epochs, check=False)
+        assert refused.returncode == 1 and "pseudo labels: changed" in refused.stderr
