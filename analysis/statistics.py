@@ -1,0 +1,135 @@
+"""Figures of out-of-fold predictions, and how far a difference of them may be chance: photos, and seeds."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import stdtrit
+
+RESAMPLES = 2000
+
+# ---------------------------------------------------------------------------------------------- figures
+
+
+def weighted_auc(is_positive, scores, weights):
+    """ROC AUC in which a photo counts as often as its weight says: float (r,), nan without positives or negatives.
+
+    is_positive: bool (n,); scores: float (n,); weights: float (r, n), a row a resample. Equal scores count half.
+    """
+    order = np.argsort(scores, kind="stable")
+    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # of each group of equal scores
+    positive, negative = (weights[:, order] * chosen[order] for chosen in (is_positive, ~is_positive))
+    if len(starts) < len(order):
+        positive, negative = (np.add.reduceat(of_kind, starts, axis=1) for of_kind in (positive, negative))
+    below = np.cumsum(negative, axis=1) - negative / 2
+    pairs = positive.sum(1) * negative.sum(1)
+    with np.errstate(invalid="ignore"):
+        return np.where(pairs > 0, np.einsum("ij,ij->i", positive, below) / pairs, np.nan)
+
+
+def measure(labels, probabilities, classes, weights=None):
+    """The figures of one run: dict of name to float (r,), a value a resample; without `weights` of all photos, once.
+
+    labels: int (n,); probabilities: float (n, k); weights: float (r, n), how often each photo counts. The mean AUC is
+    over the classes for which it is defined.
+    """
+    weights = np.ones((1, len(labels))) if weights is None else weights
+    aucs = {
+        name: weighted_auc(labels == number, probabilities[:, number], weights) for number, name in enumerate(classes)
+    }
+    defined = [of_class for of_class in aucs.values() if not np.isnan(of_class).any()]
+    mean = np.mean(defined, axis=0) if defined else np.full(len(weights), np.nan)
+    of_label = probabilities[np.arange(len(labels)), labels]
+    losses = -np.log(np.maximum(of_label, np.finfo(np.float32).tiny))
+    wrong = probabilities.argmax(1) != labels
+    n = weights.sum(1)
+    return {
+        "mean AUC": mean,
+        **aucs,
+        "log loss": weights @ losses / n,
+        "wrong photos": weights @ wrong * (len(labels) / n),
+    }
+
+
+def resample(labels, n_resamples=RESAMPLES, seed=0):
+    """How often each photo is drawn in each resample: float32 (r, n). Drawn within classes, so that none lacks a class.
+
+    Of n photos of a class n - 1 are drawn: with n, the variance would come out too small by (n - 1) / n, which matters
+    in a rare class (McCarthy and Snowden 1985, "The bootstrap and finite population sampling").
+    """
+    rng, weights = np.random.default_rng(seed), np.zeros((n_resamples, len(labels)), np.float32)
+    for number in np.unique(labels):
+        rows = np.flatnonzero(labels == number)
+        weights[:, rows] = rng.multinomial(max(1, len(rows) - 1), np.full(len(rows), 1 / len(rows)), n_resamples)
+    return weights
+
+
+# ---------------------------------------------------------------------------------------------- differences
+
+
+@dataclass
+class Difference:
+    """A difference of a figure, and the interval that holds the true one in 95 of 100 such comparisons."""
+
+    value: float
+    low: float
+    high: float
+
+    def __bool__(self):
+        """Whether chance alone is an unlikely explanation."""
+        return bool(self.low > 0 or self.high < 0)
+
+
+def compare(labels, variants, classes, n_resamples=RESAMPLES, names=None):
+    """The figures of the second variant less those of the first: dict of name to Difference.
+
+    variants: two lists of runs, each a float (n, k) of probabilities of the same photos, one run a seed. names: the
+    figures wanted, by default all.
+    """
+    runs, n_first = [run for runs in variants for run in runs], len(variants[0])
+    drawn, left_out = resample(labels, n_resamples), 1 - np.eye(len(labels), dtype=np.float32)
+    figures, of_drawn = ([measure(labels, run, classes, weights) for run in runs] for weights in (None, drawn))
+    several = len(runs) > 2
+    of_left_out = None if several else [measure(labels, run, classes, left_out) for run in runs]
+    differences = {}
+    for name in names or figures[0]:
+        values = np.concatenate([of_run[name] for of_run in figures])
+        covariance = np.cov([of_run[name] for of_run in of_drawn])
+        value = values[n_first:].mean() - values[:n_first].mean()
+        if several:
+            variance, freedom = variance_of_variants(values, covariance, n_first)
+        else:
+            variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
+            freedom = degrees_of_freedom(labels, of_left_out[1][name] - of_left_out[0][name])
+        reach = stdtrit(min(freedom, 1e6), 0.975) * np.sqrt(max(0, variance))
+        differences[name] = Difference(float(value), float(value - reach), float(value + reach))
+    return differences
+
+
+def degrees_of_freedom(labels, left_out):
+    """Satterthwaite's degrees of freedom of a variance over photos, float: few where a rare class decides.
+
+    left_out: float (n,), the figure without each photo. From these (the jackknife) comes how much each class adds.
+    """
+    rows = [np.flatnonzero(labels == number) for number in np.unique(labels)]
+    parts = [((left_out[of] - left_out[of].mean()) ** 2).sum() * (len(of) - 1) / len(of) for of in rows]
+    doubt = sum(part**2 / (len(of) - 1) for part, of in zip(parts, rows, strict=True) if len(of) > 1)
+    return sum(parts) ** 2 / doubt if doubt else np.inf
+
+
+def variance_of_variants(values, covariance, n_first):
+    """The variance of a difference of two variants of three or more runs in all, and its degrees of freedom.
+
+    values: float (m,), a value a run, those of the first variant first; covariance: float (m, m), over resamples of the
+    photos. It is the variance among seeds, the same in both variants, which holds what photos do to each seed alone, and
+    what the resamples show to be common to all seeds of a variant: the model of Obuchowski and Rockette (1995) for
+    readers nested in treatments, here seeds in variants, with the degrees of freedom of Hillis (2007). To add the whole
+    variance of the resamples would count a part of it twice.
+    """
+    groups = np.arange(n_first), np.arange(n_first, len(values))
+    freedom = len(values) - 2
+    of_seeds = sum(((values[rows] - values[rows].mean()) ** 2).sum() for rows in groups) / freedom
+    of_seeds *= sum(1 / len(rows) for rows in groups)
+    blocks = [covariance[np.ix_(rows, rows)] for rows in groups if len(rows) > 1]
+    common = np.mean([(block.sum() - np.trace(block)) / (block.size - len(block)) for block in blocks])
+    variance = of_seeds + 2 * max(0, common - covariance[np.ix_(*groups)].mean())
+    return variance, (variance / of_seeds) ** 2 * freedom if of_seeds else np.inf
