@@ -109,26 +109,15 @@ def find_weights(weights, backbone):
     )
 
 
-def read_weights(path):
-    """What a file of weights holds, mostly a state dict. Raises InputError if it cannot be read safely."""
-    try:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file  # only this format needs the package
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except ModuleNotFoundError as error:
-        raise InputError(f"--weights {path} needs the package safetensors: pip install safetensors") from error
-    except Exception as error:
-        raise InputError(f"{path} cannot be loaded as weights: {str(error).splitlines()[0]}") from error
-
-
 def load_backbone_weights(backbone, path):
     """Load a state dict as the backbone's library names it into `backbone`; its classifier, if any, is left out.
 
     Raises InputError if the file cannot be read safely or does not hold this backbone.
     """
-    state = read_weights(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)  # it reads .safetensors too
+    except Exception as error:
+        raise InputError(f"{path} cannot be loaded as weights: {str(error).splitlines()[0]}") from error
     try:
         backbone.load_state_dict(own_weights(backbone, state))
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
