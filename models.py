@@ -42,7 +42,7 @@ class LeafNet(nn.Module):
         return self.logits(self.normalise(images))
 
     def normalise(self, images):
-        """The normalisation of the pretrained weights: uint8 (n, h, w, 3) → float32 (n, 3, h, w), channels last in memory."""
+        """As the pretrained weights expect it: uint8 (n, h, w, 3) → float32 (n, 3, h, w), channels last in memory."""
         return ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
 
     def logits(self, normalised):

@@ -89,7 +89,7 @@ def count_feature_maps(name):
     except (AttributeError, RuntimeError):  # no features(), or one that ends in layers of a fixed size; a list of maps
         shape = ()
     if len(shape) != 4 or shape[1] != expected:
-        given = f" as (n, channels, height, width), not (n, {', '.join(map(str, shape[1:]))})" if shape else ""
+        given = f": they are (n, {', '.join(map(str, shape[1:]))}), not (n, channels, height, width)" if shape else ""
         raise InputError(
             f"--backbone {name}: its features do not fit this head, which pools one map per channel{given}"
         )

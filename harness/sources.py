@@ -113,7 +113,7 @@ def definition(file, name):
 def top_level(file):
     """What a file defines and imports: its text, dict of name to statements, dict of name to (file, name there).
 
-    file: relative to the root. Of imports only those of the recipe and of NETWORKS; one of a whole module has None for the
+    file: relative to the root. Of imports only those of the recipe and NETWORKS; one of a whole module has None for the
     name there.
     """
     text = read_source(ROOT / file)
