@@ -1,15 +1,13 @@
 """What learns: the network, the learning-rate schedules, and the Lightning module with the loss."""
 
-from functools import cache
-
 import numpy as np
-import pretrainedmodels
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR
 
+from harness.backbones import compute_maps, count_feature_maps, make_backbone, own_normalisation
 from harness.console import InputError
 from harness.devices import gather
 from utils import CLASSES, derive_seed, mean_auc
@@ -19,64 +17,37 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # ---------------------------------------------------------------------------------------------- the network
 
 
-@cache
-def count_feature_maps(backbone):
-    """How many maps a backbone of pretrainedmodels ends in, found without computing (on torch's meta device).
-
-    Raises InputError for a name that pretrainedmodels does not have, and for features that our head does not fit.
-    """
-    if backbone not in pretrainedmodels.model_names:
-        raise InputError(
-            f"--backbone {backbone}: pretrainedmodels has {', '.join(sorted(pretrainedmodels.model_names))}"
-        )
-    own_size = next(iter(pretrainedmodels.pretrained_settings[backbone].values()))["input_size"]
-    with torch.device("meta"):
-        network = pretrainedmodels.__dict__[backbone](num_classes=1000, pretrained=None)
-        classifier = getattr(network, "last_linear", None)
-        expected = getattr(classifier, "in_features", None) or getattr(classifier, "in_channels", None)
-        try:
-            shape = network.eval().features(torch.zeros(1, *own_size)).shape
-        except (AttributeError, RuntimeError):  # no features(), or one that ends in layers of a fixed size
-            shape = ()
-    if len(shape) != 4 or shape[1] != expected:
-        raise InputError(f"--backbone {backbone}: its features do not fit this head, which pools one map per channel")
-    return expected
-
-
 class LeafNet(nn.Module):
     """Backbone → global average pool → batch norm with a frozen bias → L2 normalisation → linear to four logits.
 
     Input: uint8 (n, height, width, 3), RGB; output: float32 logits (n, 4). The head runs in float32 under autocast too:
-    in bf16 many probabilities of a column coincide, and ties blur an AUC. Raises InputError for a backbone that
-    pretrainedmodels does not have or whose features the head does not fit.
+    in bf16 many probabilities of a column coincide, and ties blur an AUC. backbone: a name of pretrainedmodels, or
+    timm/NAME. Raises InputError for one that there is not, or whose features the head does not fit.
     """
 
     def __init__(self, backbone="se_resnext50_32x4d"):
         super().__init__()
         n_features = count_feature_maps(backbone)
-        self.backbone = pretrainedmodels.__dict__[backbone](num_classes=1000, pretrained=None)
-        self.backbone.aux_logits = False  # only Inception v3 has it: a second classifier, which we leave out
-        for unused in ("last_linear", "avg_pool", "avgpool", "dropout", "AuxLogits"):
-            if isinstance(getattr(self.backbone, unused, None), nn.Module):
-                delattr(self.backbone, unused)
+        self.backbone = make_backbone(backbone)
         self.maps = nn.Identity()  # what the last convolutional stage gives, a place for the heat maps to hook in
         self.bn = nn.BatchNorm1d(n_features)
         self.bn.bias.requires_grad_(False)
         self.fc = nn.Linear(n_features, len(CLASSES))
         # not in the state dict: no weights, and checkpoints of before have no such entries
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD) * 255, persistent=False)
+        mean, std = own_normalisation(self.backbone) or (IMAGENET_MEAN, IMAGENET_STD)
+        self.register_buffer("mean", torch.tensor(mean) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std) * 255, persistent=False)
 
     def forward(self, images):
         return self.logits(self.normalise(images))
 
     def normalise(self, images):
-        """ImageNet normalisation: uint8 (n, h, w, 3) → float32 (n, 3, h, w), channels last in memory."""
+        """As the pretrained weights expect it: uint8 (n, h, w, 3) → float32 (n, 3, h, w), channels last in memory."""
         return ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
 
     def logits(self, normalised):
         """float (n, 3, height, width) → float32 (n, 4)."""
-        maps = self.maps(self.backbone.features(normalised))
+        maps = self.maps(compute_maps(self.backbone, normalised))
         with torch.autocast(maps.device.type, enabled=False):
             pooled = self.bn(maps.float().mean((2, 3)))
             return self.fc(F.normalize(pooled, dim=1))

@@ -33,6 +33,7 @@ from dataset import (
     read_train,
     train_augmentation,
 )
+from harness.backbones import check_backbone
 from harness.console import say
 from harness.photos import CachedImages
 from harness.run import Run
@@ -118,6 +119,7 @@ def train_fold(args, fold, data, weights, run):
 
 def main(args):
     run = Run(args, N_FOLDS, CLASSES)
+    check_backbone(args.backbone, args.image_size)
     data = read_training_data(args, run)
     weights = find_weights(args.weights, args.backbone)
     module = make_module(args, args.folds[0], weights)  # what does not fit together is told now, not after the start

@@ -39,7 +39,7 @@ def make_parser(doc, log_dir="logs"):
 
     networks = parser.add_argument_group("which networks")
     networks.add_argument(
-        "-backbone", "--backbone", default="se_resnext50_32x4d", help="a classifier of pretrainedmodels"
+        "-backbone", "--backbone", default="se_resnext50_32x4d", help="a classifier of pretrainedmodels, or timm/NAME"
     )
     networks.add_argument("--image_size", **size, default=[480, 768], help="height and width, in pixels")
     networks.add_argument(

@@ -16,7 +16,7 @@ FREE_OPTIONS = {"folds", "num_workers", "cache_dir", "val_batch_size", "data_dir
 FREE_OPTIONS |= {"weights", "soft_labels_filename", "num_nodes", "parallel_folds", "fold_seed"}
 # What the folds of one log directory must share: without it their predictions cannot be put together.
 COMMON = {"image_size", "backbone", "seed", "limit", "train.csv", "the photos", "the folds"}
-FORMAT = 2  # of the log directory; raise it when an older one cannot be continued
+FORMAT = 3  # of the log directory; raise it when an older one cannot be continued
 FREE_IN_PREDICTION = FREE_OPTIONS - {"weights", "soft_labels_filename"} | {"precision", "devices"}
 FOLDERS = ("data_dir", "cache_dir")
 
@@ -207,7 +207,8 @@ def finish_fold(log_dir, n_folds, fold, best, last, checkpoint, out_of_fold):
     """Record the result of a finished fold, then put results.csv and out_of_fold.csv together from all.
 
     best, last: the log's rows of its best and of its last epoch, dict; checkpoint: the name of the best epoch's;
-    out_of_fold: what that epoch's network made of the fold's own photos, DataFrame with image_id and a column a class.
+    out_of_fold: what that epoch's network made of the fold's own photos, DataFrame with image_id, label and a column a
+    class.
     """
     metrics = {name: value for name, value in best.items() if name.startswith("val_")}
     of_last = {f"last_{name}": value for name, value in last.items() if name.startswith("val_")}
@@ -244,7 +245,7 @@ def is_finished(log_dir, fold):
 def collect_results(log_dir, n_folds):
     """The results of all finished folds, DataFrame, a row a fold; also written, for people, as results.csv.
 
-    The same of their out-of-fold predictions, image_id, fold and a column a class, as out_of_fold.csv.
+    The same of their out-of-fold predictions, image_id, fold, label and a column a class, as out_of_fold.csv.
     """
     with lock_file(Path(log_dir) / ".hparams.lock"):
         for name in ("results.csv", "out_of_fold.csv"):

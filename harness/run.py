@@ -291,7 +291,9 @@ class Run:
             row = log.rows[int(re.search(r"epoch=(\d+)", name).group(1))]
             validation = load_checkpoint(best.best_model_path)["validation"]
             out_of_fold = pd.DataFrame(validation["probabilities"].numpy(), columns=self.classes)
-            out_of_fold.insert(0, "image_id", self.data.image_ids.iloc[validation["row"].numpy()].to_numpy())
+            rows = validation["row"].numpy()
+            out_of_fold.insert(0, "image_id", self.data.image_ids.iloc[rows].to_numpy())
+            out_of_fold.insert(1, "label", np.array(self.classes)[self.data.hard_labels[rows].argmax(1)])
             finish_fold(self.args.log_dir, self.n_folds, fold, row, log.rows[-1], name, out_of_fold)
 
     @staticmethod

@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SHOWN_LINES = 12  # of a diff in an error message
+NETWORKS = {"harness/backbones.py"}  # the room of the harness on which a network depends
 
 # ---------------------------------------------------------------------------------------------- which files
 
@@ -89,7 +90,8 @@ def read_source(path):
 def definition(file, name):
     """The source of a function, class or constant of a file of the recipe, and of all of the recipe that it uses.
 
-    Found without running anything, by the names in it. The harness is left out: no network and no photo depends on it.
+    Found without running anything, by the names in it. The harness is left out, but for NETWORKS: no network and no
+    photo depends on it.
     """
     parts, todo = {}, [(file, name)]
     while todo:
@@ -111,7 +113,8 @@ def definition(file, name):
 def top_level(file):
     """What a file defines and imports: its text, dict of name to statements, dict of name to (file, name there).
 
-    file: relative to the root. Of imports only those of the recipe; one of a whole module has None for the name there.
+    file: relative to the root. Of imports only those of the recipe and NETWORKS; one of a whole module has None for the
+    name there.
     """
     text = read_source(ROOT / file)
     defined, imported = {}, {}
@@ -130,7 +133,7 @@ def top_level(file):
                 module, name, there = f"{node.module}.{alias.name}", alias.name, None
             else:
                 module, name, there = node.module, alias.name, alias.name
-            if module in files and not files[module].startswith("harness/"):
+            if module in files and (not files[module].startswith("harness/") or files[module] in NETWORKS):
                 imported[alias.asname or name] = (files[module], there)
     return text, defined, imported
 

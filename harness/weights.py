@@ -7,8 +7,8 @@ from urllib.parse import urlparse
 
 import pretrainedmodels
 import torch
-from pretrainedmodels.models.torchvision_models import update_state_dict as rename_densenet
 
+from harness.backbones import TIMM, own_weights, timm_config
 from harness.console import InputError, say
 from harness.files import make_folder, sha256
 
@@ -23,12 +23,37 @@ DOWNLOAD_TIMEOUT = 30  # seconds without an answer until the next source is trie
 
 def weight_sources(backbone):
     """URLs of a backbone's ImageNet weights, in the order in which they are tried."""
-    settings = pretrainedmodels.pretrained_settings.get(backbone, {})
-    if "imagenet" not in settings:
+    if backbone.startswith(TIMM):
+        urls = [timm_config(backbone).url or None]
+    else:
+        urls = [pretrainedmodels.pretrained_settings.get(backbone, {}).get("imagenet", {}).get("url")]
+    if urls == [None]:
         raise InputError(
             f"--backbone {backbone} has no ImageNet weights; give a file with --weights FILE, or type --weights none"
         )
-    return [settings["imagenet"]["url"], *MIRRORS.get(backbone, ())]
+    return [*urls, *MIRRORS.get(backbone, ())]
+
+
+def fetch_from_hub(backbone, config):
+    """The file of pretrained weights of a backbone of timm from the Hugging Face hub, or from the hub's cache: a Path.
+
+    config: timm's, with hf_hub_id. Raises InputError if it is in neither.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # timm brings it
+
+    place = (config.hf_hub_id, config.hf_hub_filename or "model.safetensors")
+    cached = try_to_load_from_cache(*place)
+    if isinstance(cached, str):
+        return Path(cached)
+    url = "https://huggingface.co/{}/resolve/main/{}".format(*place)
+    say(f"download {url}")
+    try:
+        return Path(hf_hub_download(*place))
+    except Exception as error:  # of the hub, of what it asks over the network, or of the disk
+        raise InputError(
+            f"no pretrained weights for {backbone} ({' '.join(str(error).split())[:300]}). Fetch {url} on another machine "
+            "and name it with --weights FILE; --weights none trains from scratch, far less accurately"
+        ) from error
 
 
 def check_hash(path):
@@ -43,8 +68,9 @@ def check_hash(path):
 def find_weights(weights, backbone):
     """The file that a training starts from: a Path, or None for `weights` "none" (from scratch, only when asked).
 
-    In this order: a file given by hand; torch hub's cache; the sources of `weight_sources`, downloaded into that cache
-    and checked against the hash in their name. Raises InputError if there is none.
+    In this order: a file given by hand; the Hugging Face hub, where timm has its weights there; torch hub's cache; the
+    sources of `weight_sources`, downloaded into that cache and checked against the hash in their name. Raises
+    InputError if there is none.
     """
     if weights == "none":
         return None
@@ -53,6 +79,8 @@ def find_weights(weights, backbone):
             raise InputError(f"--weights {weights}: no such file (or type imagenet, or none to train from scratch)")
         check_hash(weights)
         return Path(weights)
+    if backbone.startswith(TIMM) and (config := timm_config(backbone)).hf_hub_id:
+        return fetch_from_hub(backbone, config)
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     urls = weight_sources(backbone)
     paths = [folder / Path(urlparse(url).path).name for url in urls]
@@ -82,20 +110,24 @@ def find_weights(weights, backbone):
 
 
 def load_backbone_weights(backbone, path):
-    """Load a state dict as pretrainedmodels names it into `backbone`; its classifier, if any, is left out.
+    """Load a state dict as the backbone's library names it into `backbone`; its classifier, if any, is left out.
 
     Raises InputError if the file cannot be read safely or does not hold this backbone.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise InputError(f"{path} needs the package safetensors: pip install safetensors") from error
     except Exception as error:
         raise InputError(f"{path} cannot be loaded as weights: {str(error).splitlines()[0]}") from error
     try:
-        state = rename_densenet(dict(state))  # its file has names of an older torchvision
-        classifiers = ("last_linear.", "fc.", "classifier.", "AuxLogits.")
-        state = {name: value for name, value in state.items() if not name.startswith(classifiers)}
-        backbone.load_state_dict(state)
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        backbone.load_state_dict(own_weights(backbone, state))
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         raise InputError(f"{path} does not hold this backbone: {' '.join(str(error).split())[:300]}") from error
 
 

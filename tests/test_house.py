@@ -53,7 +53,7 @@ def test_no_imports_go_in_circles():
 @pytest.mark.parametrize("script", sorted(RECIPE - {"dataset", "models", "inference", "utils"}))
 def test_help_and_typos_import_neither_torch_nor_other_heavy_packages(script, tmp_path):
     """In an environment where these packages cannot be imported, a cold start each."""
-    for name in ("torch", "pytorch_lightning", "albumentations", "cv2", "sklearn", "matplotlib", "pretrainedmodels"):
+    for name in "torch pytorch_lightning albumentations cv2 sklearn matplotlib pretrainedmodels timm".split():
         (tmp_path / f"{name}.py").write_text("raise ImportError('too early')")
     environment = {"PYTHONPATH": str(tmp_path)}
     run_script(f"{script}.py", "--help", cwd=tmp_path, cold=True, **environment)
