@@ -9,7 +9,7 @@ from conftest import REPO, run_script
 from harness.sources import imported_files
 
 RECIPE = {"train", "generate_soft_labels", "generate_distilled_submission", "blend", "dataset", "models", "inference"}
-RECIPE |= {"utils", "error_analysis", "predict"}
+RECIPE |= {"utils", "error_analysis", "predict", "compare"}
 ROOMS = {"harness", "analysis", "tools"}
 
 
