@@ -9,6 +9,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import cv2
 import torch
 from torch import distributed
 
@@ -92,12 +93,13 @@ def compute_exactly(precision):
 
 def describe_environment():
     """What results depend on to the byte beside options and inputs: dict of name to int or text."""
-    libraries = ("torch", "pytorch-lightning", "numpy", "albumentations", "opencv-python-headless", "pretrainedmodels")
+    libraries = ("torch", "pytorch-lightning", "numpy", "albumentations", "pretrainedmodels")
     return {
         "threads": torch.get_num_threads(),
         "processor": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         **{name: version(name) for name in libraries},
+        "opencv": cv2.__version__,  # of whichever of its builds is installed
     }
 
 

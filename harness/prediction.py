@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from zipfile import BadZipFile
 
+import cv2
 import numpy as np
 import torch
 from pretrainedmodels.models.senet import SENet
@@ -130,7 +131,7 @@ class KeptPredictions:
         self.path = Path(args.log_dir) / "predictions" / f"{name}-folds={folds}.npz"
         options = (args.fingerprint, args.image_size, args.seed, args.precision, args.val_batch_size)
         devices = (len(args.devices), args.devices[0].type, torch.get_num_threads())
-        versions = [version(name) for name in ("torch", "albumentations", "opencv-python-headless", "numpy")]
+        versions = [cv2.__version__, *(version(name) for name in ("torch", "albumentations", "numpy"))]
         facts = repr((options, devices, versions, images.path.name, keys))
         self.facts, self.identity = facts, np.array(hashlib.sha256(facts.encode()).hexdigest())
         self.args = args

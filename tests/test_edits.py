@@ -301,7 +301,9 @@ def test_a_training_says_what_it_will_do_and_ends_with_its_out_of_fold_figures(s
 
     out_of_fold = pd.read_csv(tmp_path / "logs" / "out_of_fold.csv")
     folds = pd.read_csv(tmp_path / "logs" / "folds.csv")
-    assert list(out_of_fold.columns) == ["image_id", "fold", *CLASSES]
+    assert list(out_of_fold.columns) == ["image_id", "fold", "label", *CLASSES]
+    truth = pd.read_csv(sample / "train.csv").set_index("image_id")[list(CLASSES)].idxmax(axis=1)
+    assert out_of_fold["label"].tolist() == truth[out_of_fold["image_id"]].tolist()
     assert out_of_fold.set_index("image_id")["fold"].to_dict() == (
         folds[folds["fold"] < 2].set_index("image_id")["fold"].to_dict()
     )

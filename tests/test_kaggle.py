@@ -135,7 +135,9 @@ def test_only_packages_that_are_missing_or_of_a_wrong_version_are_installed(tmp_
     (tmp_path / "input" / "wheels" / "pretrainedmodels-0.7.4-py3-none-any.whl").touch()  # where there is no internet
     session.install()
     assert commands[1][5:8] == ["--no-index", "--find-links", str(tmp_path / "input" / "wheels")]
-    (tmp_path / "requirements.txt").write_text("torch>=2.6\nnumpy>=2.0\n")
+    installed["opencv-python"] = "4.12.0.88"
+    del installed["opencv-python-headless"]  # another build of OpenCV beside the one that is there would break both
+    (tmp_path / "requirements.txt").write_text("torch>=2.6\nnumpy>=2.0\nopencv-python-headless>=4.11,<5\n")
     session.install()
     assert len(commands) == 2
 

@@ -12,6 +12,7 @@ from conftest import REPO, SMALL, run_script
 from filelock import FileLock
 
 from dataset import LeafDataset, load_photo, train_augmentation
+from harness.log_dir import FORMAT
 from harness.prediction import load_network
 from models import LeafNet
 from tools import demo
@@ -171,7 +172,7 @@ def test_a_rerun_skips_finished_folds_and_refuses_what_has_changed(done, sample,
 def test_a_fold_in_work_cannot_be_started_again_nor_mixed_with_other_options(sample, tmp_path):
     train = ["train.py", "--data_dir", sample, *SMALL]
     (tmp_path / "logs").mkdir()
-    record = {"format": 2, "options": {"seed": 2020}, "fingerprints": {}}
+    record = {"format": FORMAT, "options": {"seed": 2020}, "fingerprints": {}}
     (tmp_path / "logs" / "hparams.yaml").write_text(yaml.safe_dump(record))
     with FileLock(tmp_path / "logs" / ".fold=0.lock"):  # as the process that trains fold 0 holds it
         twice = run_script(*train, "--folds", 0, cwd=tmp_path, check=False)

@@ -25,6 +25,7 @@ PACKED = {}  # tools.kaggle puts here: the repository, the options of train.py, 
 ROOT = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))
 INPUT, WORKING, REPO = ROOT / "input", ROOT / "working", ROOT / "temp" / "repository"
 LOG_DIRS = ("logs", "logs_submit_distill")
+BUILDS = ("opencv-python-headless", "opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless")
 
 
 def end(message):
@@ -54,9 +55,9 @@ def install():
 def is_there(requirement):
     """Whether a requirement, NAME with ==, >= or < and a version, is met by what is installed."""
     name, limits = re.fullmatch(r"([\w.-]+)(.*)", requirement).groups()
-    try:
-        found = numbers(version(name))
-    except PackageNotFoundError:
+    names = BUILDS if name in BUILDS else (name,)
+    found = next((numbers(there) for there in map(installed_version, names) if there), None)
+    if found is None:
         return False
     for limit in filter(None, limits.split(",")):
         operator, wanted = re.fullmatch(r"(==|>=|<)(.*)", limit).groups()
@@ -64,6 +65,14 @@ def is_there(requirement):
         if not {"==": found == wanted, ">=": found >= wanted, "<": found < wanted}[operator]:
             return False
     return True
+
+
+def installed_version(name):
+    """The version of an installed package, text, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def numbers(text):
