@@ -23,7 +23,7 @@ def main(args):
     tables = [mix[classes], *(read_scores(path, CLASSES, mix["image_id"])[classes] for path in submissions[1:])]
     for path, table in zip(submissions, tables, strict=True):
         note_no_distributions(path, table.to_numpy())
-    mix[classes] = sum(tables) / len(tables)
+    mix[classes] = sum(table / len(tables) for table in tables)
     write_csv(output, mix)
     say(f"wrote {output}: the mean of {' and '.join(submissions)}, {len(mix)} rows")
 

@@ -47,7 +47,7 @@ from analysis import figures
 from analysis.heat_maps import data_uri, heat_maps, overlay, shrink
 from dataset import fit_photo, read_train
 from harness.console import InputError, say
-from harness.files import atomic_write, write_csv
+from harness.files import atomic_write, check_writable, write_csv
 from harness.log_dir import read_folds, read_own_csv
 from harness.photos import photo_paths, read_photo
 from harness.prediction import predict, stopping_cleanly
@@ -253,6 +253,7 @@ def write_page(path, **content):
 
 
 def main(args):
+    check_writable("error_analysis.html", "error_analysis.csv")
     checkpoints, networks = load_trained(args)
     metrics = read_metrics(args.log_dir, args.folds)
     train = read_train(args).reset_index(drop=True)

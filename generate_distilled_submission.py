@@ -15,15 +15,16 @@ if __name__ == "__main__":  # before the imports that take seconds: a typo shoul
 
 from dataset import read_test
 from harness.console import say
-from harness.files import write_csv
+from harness.files import check_writable, write_csv
 from harness.prediction import stopping_cleanly
 from inference import load_trained, predict_test
 
 
 def main(args):
     _, networks = load_trained(args)
-    submission = predict_test(args, networks, *read_test(args))
     name = output_name("submission_distill.csv", args.limit)
+    check_writable(name)
+    submission = predict_test(args, networks, *read_test(args))
     write_csv(name, submission)
     say(f"wrote {name}: {len(submission)} rows")
 

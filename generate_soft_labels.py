@@ -16,7 +16,7 @@ if __name__ == "__main__":  # before the imports that take seconds: a typo shoul
 
 from dataset import read_test, read_train
 from harness.console import say
-from harness.files import write_csv
+from harness.files import check_writable, write_csv
 from harness.log_dir import read_folds
 from harness.prediction import stopping_cleanly
 from inference import load_trained, predict_out_of_fold, predict_test
@@ -27,18 +27,18 @@ def main(args):
     train = read_train(args)
     folds = read_folds(args.log_dir, train["image_id"])
     test = read_test(args)  # now, or what is wrong with it would be said after a long prediction
+    names = [output_name(name, args.limit) for name in ("soft_labels.csv", "submission.csv")]
+    check_writable(*names)
 
     soft_labels = predict_out_of_fold(args, train, folds, networks)
-    name = output_name("soft_labels.csv", args.limit)
-    write_csv(name, soft_labels)
+    write_csv(names[0], soft_labels)
     known = train[train["image_id"].isin(soft_labels["image_id"])]
     aucs = describe_aucs(known[list(CLASSES)], soft_labels[list(CLASSES)])
-    say(f"wrote {name}: out-of-fold AUC {aucs}")
+    say(f"wrote {names[0]}: out-of-fold AUC {aucs}")
 
     submission = predict_test(args, networks, *test)
-    name = output_name("submission.csv", args.limit)
-    write_csv(name, submission)
-    say(f"wrote {name}: {len(submission)} rows")
+    write_csv(names[1], submission)
+    say(f"wrote {names[1]}: {len(submission)} rows")
 
 
 if __name__ == "__main__":

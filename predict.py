@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from dataset import LeafDataset, fit_photo, load_photo, train_augmentation
 from harness.console import InputError, say, stop_cleanly
-from harness.files import atomic_write, make_folder, write_csv
+from harness.files import atomic_write, check_writable, make_folder, write_csv
 from harness.photos import looks_like_photo, read_photo
 from harness.prediction import predict
 from inference import load_trained
@@ -76,8 +76,8 @@ def find_photos(names):
             report(problem)
             empty += 1
         if others:
-            shown = ", ".join(map(str, others[:3]))
-            say(f"note: left out of {name}, as no photos: {shown}{' …' * (len(others) > 3)}")
+            shown = ", ".join(os.fsencode(path).decode(errors="backslashreplace") for path in others[:5])
+            say(f"note: {len(others)} left out of {name}, as no photos: {shown}{' …' * (len(others) > 5)}")
         paths += photos
     return list(dict.fromkeys(paths)), empty
 
@@ -100,16 +100,19 @@ def search_folder(folder):
         for path in sorted(Path(parent) / name for name in set(files) - set(hidden)):
             (photos if looks_like_photo(path) else others).append(path)
     problems = [f"the folder {problem.filename} cannot be read: {problem.strerror}" for problem in problems]
-    return sorted(photos), sorted(others), problems
+    return sorted(photos), sorted(others, key=lambda path: (path.name.startswith("."), path)), problems
 
 
 def load_or_report(path, image_size):
     """The photo as the networks see it, or None if it cannot be used: the reason then goes to stderr."""
+    if not str(path).isprintable():
+        return report(
+            f"{str(path)!r} cannot be written down, its name is not UTF-8 or holds signs that none sees: rename it"
+        )
+    if str(path)[0] in "=+-@":
+        return report(f"{path} begins as a formula does, for which a spreadsheet would take it: rename it")
     try:
-        str(path).encode()
         return load_photo(path, image_size)
-    except UnicodeEncodeError:
-        report(f"{path} cannot be written down, its name is not UTF-8: rename it")
     except InputError as error:
         report(str(error).removeprefix("error: "))
 
@@ -149,8 +152,7 @@ def draw_heat_maps(folder, paths, predicted, args, networks):
 
 
 def main(args):
-    if Path(args.output).is_dir():
-        raise InputError(f"--output {args.output} is a folder: name a file")
+    check_writable(args.output)
     paths, empty = find_photos(args.photos)
     _, networks = load_trained(args)
     if args.heat_maps is not None:

@@ -56,6 +56,10 @@ def parse_args(parser, argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show must not end the script
             stream.reconfigure(errors="backslashreplace")
+    if sys.getfilesystemencoding() != "utf-8":
+        parser.error("names of files are not in UTF-8 here: type export PYTHONUTF8=1 first")
+    if not os.getcwd().isprintable():
+        parser.error(f"the name of the working directory, {os.getcwd()!r}, cannot be written down: rename it")
     argv = sys.argv[1:] if argv is None else argv
     for word in argv:  # argparse's allow_abbrev=False leaves -t for -tbs alone
         if re.match("-[A-Za-z]", word) and word.split("=")[0] not in parser._option_string_actions:

@@ -150,8 +150,8 @@ def check_shared_memory(image_size, batch_size, n_batches, num_workers, n_proces
     free = shutil.disk_usage(SHARED_MEMORY).free
     if needed > free:
         raise InputError(
-            f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, the {num_workers} workers that load photos need "
-            f"{needed / 1e6:.0f} MB: type --num_workers 0, or start the container with more (docker run --shm-size "
+            f"{SHARED_MEMORY} has {free / 1e6:.3g} MB free, the {num_workers} workers that load photos need "
+            f"{needed / 1e6:.3g} MB: type --num_workers 0, or start the container with more (docker run --shm-size "
             f"{math.ceil(needed / 1e9) + 1}g)"
         )
 

@@ -21,6 +21,8 @@ def atomic_write(path, mode="wb"):
     """
     path = Path(path)
     temporary = None
+    if path.exists() and not path.is_file() and not path.is_dir():  # /dev/null would be replaced by a file
+        raise InputError(f"cannot write {path}: it is no ordinary file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -69,6 +71,15 @@ def write_csv(path, frame):
     """Write a DataFrame as CSV, whole or not at all, without its index."""
     with atomic_write(path, "w") as file:
         frame.to_csv(file, index=False, lineterminator="\n")
+
+
+def check_writable(*paths):
+    """Raise InputError if a file cannot be written later, when what it is to hold has been computed."""
+    for path in map(Path, paths):
+        if path.exists() and not path.is_file():
+            raise InputError(f"cannot write {path}: it is {'a folder' if path.is_dir() else 'no ordinary file'}")
+        if problem := why_not_writable(path.parent):
+            raise InputError(f"cannot write {path} ({problem}): start this in another folder, or name another one")
 
 
 def why_not_writable(folder):

@@ -22,6 +22,10 @@ FOREIGN_BEGINNINGS = {
 }
 JPEG, PNG = b"\xff\xd8", b"\x89PNG"
 TIFF = (b"II*\0", b"MM\0*")
+BEGINNINGS = (JPEG + b"\xff", PNG, *TIFF, b"GIF8", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
+WEAK_BEGINNINGS = (b"BM", b"P4", b"P5", b"P6", b"#?R")  # bitmaps, Netpbm, Radiance
+# what Pillow raises for a file that it cannot read, its protections against huge ones included
+PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, EOFError, OverflowError, Image.DecompressionBombError)
 REDUCED, DNG_VERSION = 254, 50706  # TIFF tags: that the picture is a smaller copy of another, and what only a DNG has
 
 
@@ -43,5 +47,5 @@ def holds_raw(content):
     try:
         with Image.open(io.BytesIO(content)) as picture:
             return bool(picture.tag_v2.get(REDUCED, 0) & 1) or DNG_VERSION in picture.tag_v2
-    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):  # OpenCV decides about it
+    except PILLOW_ERRORS:  # OpenCV decides about it
         return False

@@ -35,7 +35,8 @@ def cluster_environment():
     """
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
-    if SLURMEnvironment.detect() and "SLURM_STEP_ID" in os.environ:
+    step = os.environ.get("SLURM_STEP_ID", "none")
+    if SLURMEnvironment.detect() and step.isdigit() and int(step) < 2**32 - 16:  # above: salloc's shell, a batch script
         return SLURMEnvironment(auto_requeue=False)
     return LightningEnvironment()
 

@@ -21,9 +21,18 @@ from tqdm import tqdm
 
 from harness.console import InputError, raise_all, say
 from harness.files import atomic_write, lock_file, remove_leftovers
-from harness.formats import FOREIGN_SUFFIXES, JPEG, PNG, SUFFIXES, TIFF, foreign_format
+from harness.formats import (
+    BEGINNINGS,
+    FOREIGN_SUFFIXES,
+    JPEG,
+    PILLOW_ERRORS,
+    SUFFIXES,
+    WEAK_BEGINNINGS,
+    foreign_format,
+)
 from harness.sources import definition_of
 
+LARGEST = 2**30  # bytes of a file
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # we say ourselves what is wrong with a photo
 
 # libjpeg's words, in simplejpeg's errors, for data that is lost or a decoder gone astray
@@ -58,8 +67,11 @@ def decode_photo(path):
 def read_content(path, size=-1):
     """The bytes of a file, or the first `size` of them, uint8 (n,). Raises BadPhoto if it cannot be read."""
     try:
-        if stat.S_ISFIFO(os.stat(path).st_mode):  # to read it could take for ever
+        found = os.stat(path)
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):  # to read a pipe could take for ever
             raise BadPhoto("is no file")
+        if size < 0 and found.st_size > LARGEST:
+            raise BadPhoto(f"has {found.st_size / 1e9:.1f} GB, more than any photo")
         return np.fromfile(path, np.uint8, size)  # not imread: on Windows that fails for names beyond ASCII
     except FileNotFoundError as error:
         others = [path.with_name(path.stem + suffix) for suffix in (".JPG", ".jpeg", ".JPEG", ".png")]
@@ -77,44 +89,50 @@ def looks_like_photo(path):
     try:
         content = read_content(path, 4096)
         head = content[:12].tobytes()
-        if foreign_format(path, content) or head.startswith((JPEG, PNG, b"GIF8", *TIFF)) or head[8:] == b"WEBP":
+        if foreign_format(path, content) or head.startswith(BEGINNINGS) or head[8:] in (b"WEBP", b"avif"):
             return True
-        if not cv2.haveImageReader(str(path)):  # by how it begins; a text may begin like a picture, so try it
-            return False
-        decode_photo(path)
-        return True
+        if head.startswith(WEAK_BEGINNINGS):  # as a text may begin, too: try it
+            decode_photo(path)
+            return True
     except BadPhoto:
-        return False
+        pass
+    return False
 
 
 def decode(content):
     """The picture that a file holds, uint8 (height, width, 3), RGB; content: its bytes, uint8 (n,). Raises BadPhoto."""
+    head = content[:12].tobytes()
+    if head[4:] == b"ftypavif":  # OpenCV would not turn it
+        return lay_on_white(content)
     try:
         photo = cv2.imdecode(content, cv2.IMREAD_COLOR_RGB)
-        whole = cv2.imdecode(content, cv2.IMREAD_UNCHANGED) if content[:2].tobytes() != JPEG else None
     except cv2.error as error:
-        limit = "MAX_IMAGE_PIXELS" in str(error)
-        reason = "it has more than 2^30 pixels" if limit else str(error).splitlines()[0]
-        raise BadPhoto(f"cannot be decoded as a photo: {reason}") from error
+        limit = ": it has more than 2^30 pixels" if "MAX_IMAGE_PIXELS" in str(error) else ""
+        raise BadPhoto(f"cannot be decoded as a photo{limit}") from error
     if photo is None:
         raise BadPhoto("cannot be decoded as a photo")
-    if (
-        whole is not None
-        and whole.ndim == 3
-        and whole.shape[2] == 4
-        and whole[..., 3].min() < np.iinfo(whole.dtype).max
-    ):
-        return lay_on_white(content)
-    return photo
+    return lay_on_white(content) if not head.startswith(JPEG) and is_transparent(content) else photo
+
+
+def is_transparent(content):
+    """Whether a picture that OpenCV can decode may have transparent parts, which hide any colour."""
+    whole = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+    if whole is not None and whole.ndim == 3 and whole.shape[2] == 4:
+        return whole[..., 3].min() < (np.iinfo(whole.dtype).max if whole.dtype.kind == "u" else 1)
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            return picture.has_transparency_data
+    except PILLOW_ERRORS:  # it does not know the format
+        return False
 
 
 def lay_on_white(content):
-    """A picture with transparent parts, which hide any colour, on white: uint8 (height, width, 3). Raises BadPhoto."""
+    """A picture as Pillow decodes it, transparent parts on white: uint8 (height, width, 3), RGB. Raises BadPhoto."""
     try:
         with Image.open(io.BytesIO(content)) as picture:
             upright = ImageOps.exif_transpose(picture).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadPhoto(f"cannot be decoded as a photo: {error}") from error
+    except PILLOW_ERRORS as error:
+        raise BadPhoto(f"cannot be decoded as a photo with transparent parts ({error}): convert it to JPEG") from error
     white = Image.new("RGBA", upright.size, "white")
     white.alpha_composite(upright)
     return np.array(white.convert("RGB"))
@@ -145,7 +163,7 @@ def check_jpeg(path, content):
             return
         try:  # a harmless warning hides what comes after it: a second opinion
             Image.open(io.BytesIO(content)).load()
-        except (OSError, SyntaxError) as error:
+        except PILLOW_ERRORS as error:
             raise BadPhoto(f"is damaged ({error})") from error
         say(f"note: {path.name} may be damaged ({warning}): look at it")
 

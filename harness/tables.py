@@ -96,7 +96,7 @@ def check_row(row, columns, rule):
     if image_id == "":
         yield "has no image_id"
     elif image_id is not None and not is_plain_name(image_id):
-        yield f"has the image_id {quote(image_id)}, which is not a plain file name"
+        yield f"has the image_id {quote(image_id)}, which is not a plain file name (nor may it begin with . = + - @)"
     numbers = {name: to_number(row[name]) for name in columns[1:] if name in row}
     for name, number in numbers.items():
         if not np.isfinite(number):
@@ -194,5 +194,6 @@ def note_no_distributions(path, values):
     if problems:
         say(
             f"note: {path}: {len(problems)} of {len(values)} rows are no probability distributions (the first of them "
-            f"{problems[0].split(': ')[1]}); blended all the same, as an AUC asks for the order only"
+            f"{problems[0].split(': ')[1]}); blended all the same: an AUC asks for the order only, but where scales "
+            "differ the larger one decides"
         )

@@ -187,7 +187,7 @@ def test_a_shared_memory_too_small_for_the_workers_is_told_before_anything_is_do
     done = train(1)
     said = done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-    assert re.match("error: /dev/shm has 1 MB free, the 1 workers .* need 18 MB: type --num_workers 0, or", said)
+    assert re.match("error: /dev/shm has 1.05 MB free, the 1 workers .* need 17.7 MB: type --num_workers 0, or", said)
     assert "--shm-size 2g" in said and done.returncode == 1 and not list(tmp_path.iterdir())
 
 

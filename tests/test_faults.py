@@ -251,6 +251,12 @@ def test_honest_probabilities_are_taken_however_they_were_rounded(tmp_path, digi
     assert "note" not in capsys.readouterr().out
 
 
+def test_numbers_of_any_size_are_blended(tmp_path):
+    (tmp_path / "large.csv").write_bytes(HEADER + b"a,1e308,0,0,0\n")
+    blend.main(Namespace(limit=None, submissions=[str(tmp_path / "large.csv")] * 2, output=str(tmp_path / "mix.csv")))
+    assert pd.read_csv(tmp_path / "mix.csv")["healthy"].tolist() == [1e308]
+
+
 def test_a_submission_that_is_missing_or_a_folder_is_named(tmp_path):
     (tmp_path / "first.csv").write_bytes(HEADER + b"a,1,0,0,0\n")
     for name, said in (("none.csv", "none.csv does not exist; run the step"), ("", "cannot be read: Is a directory")):
@@ -299,7 +305,13 @@ def save(picture=PHOTO, kind="JPEG", **options):
     return file.getvalue()
 
 
-def turn(orientation, picture=PHOTO):
+def orientation(number):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    return exif
+
+
+def turn(held, picture=PHOTO):
     """`picture` as a camera held in another way stores it, with the EXIF orientation that says how it was held."""
     stored = {
         1: None,
@@ -310,10 +322,8 @@ def turn(orientation, picture=PHOTO):
         6: Image.Transpose.ROTATE_90,
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_270,
-    }[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return save(picture if stored is None else picture.transpose(stored), exif=exif)
+    }[held]
+    return save(picture if stored is None else picture.transpose(stored), exif=orientation(held))
 
 
 def insert_segment(content, payload, marker=0xE1):
@@ -358,6 +368,7 @@ def raw_like(**tags):
     )
 
 
+GREYS = Image.fromarray((np.asarray(PHOTO.convert("L")) // 64 * 64).astype(np.uint8))
 JPEG = save()
 ROUGH = np.asarray(PHOTO.resize((720, 480))) // 2 + np.random.default_rng(0).integers(
     0, 60, (480, 720, 3), dtype=np.uint8
@@ -411,6 +422,8 @@ PHOTO_REFUSED = {  # what is wrong: the file's bytes (None: no such file), what 
     "raw, Fujifilm's": (b"FUJIFILMCCD-RAW 0201" + bytes(99), "photo.jpg is a raw file"),
     "raw, with a thumbnail first": (raw_like(_254=1), "photo.jpg is a raw file"),
     "raw, a DNG": (raw_like(_50706=b"\1\4\0\0"), "photo.jpg is a raw file"),
+    "larger than any photo": ("huge", "photo.jpg has 3.0 GB, more than any photo$"),
+    "OpenEXR": (b"v/1\1" + bytes(99), "photo.jpg cannot be decoded as a photo$"),
     "a cut PNG": (save(kind="PNG")[:-30], "photo.jpg cannot be decoded as a photo$"),
     "a cut GIF": (save(kind="GIF")[:-900], "photo.jpg cannot be decoded as a photo$"),
     "too large for OpenCV": (
@@ -428,6 +441,10 @@ def test_a_faulty_photo_is_refused(tmp_path, fault):
         path.mkdir()
     elif content == "link":
         path.symlink_to("nothing")
+    elif content == "huge":
+        with open(path, "wb") as file:
+            file.write(JPEG)
+            file.truncate(3 * 10**9)
     elif content == "upper":
         (tmp_path / "photo.JPG").write_bytes(JPEG)
         if path.exists():
@@ -466,6 +483,21 @@ PHOTO_FINE = {  # what is unusual: the file's bytes, the picture that it shows, 
         save(PHOTO.quantize(256), "PNG", transparency=7),
         on_white(Image.open(io.BytesIO(save(PHOTO.quantize(256), "PNG", transparency=7)))),
         0,
+    ),
+    "a grey PNG with a transparent grey": (
+        save(GREYS, "PNG", transparency=64),
+        Image.fromarray(np.where(np.asarray(GREYS) == 64, 255, GREYS).astype(np.uint8)).convert("RGB"),
+        0,
+    ),
+    "a grey TIFF with transparent parts": (
+        save(hide_colours().convert("LA"), "TIFF"),
+        on_white(hide_colours().convert("LA")),
+        1,
+    ),
+    "an AVIF, EXIF orientation 6": (
+        save(PHOTO.transpose(Image.Transpose.ROTATE_90), "AVIF", quality=95, exif=orientation(6)),
+        PHOTO,
+        3,
     ),
     "a WebP with transparent parts": (save(hide_colours(), "WEBP", lossless=True), on_white(hide_colours()), 1),
     "a JPEG with a piece of a colour profile": (insert_segment(JPEG, BAD_ICC, 0xE2), PHOTO, 2),

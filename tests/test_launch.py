@@ -16,6 +16,7 @@ from conftest import QUICK as ONE_EPOCH
 from conftest import REPO, run_script, start_script, wait_until
 
 from dataset import load_photo
+from harness.launch import is_one_of_several_processes
 from harness.prediction import load_network
 from models import LeafNet
 from utils import CLASSES, split_folds
@@ -311,6 +312,21 @@ def test_in_an_allocation_without_srun_it_trains_as_the_one_process_that_it_is(o
     done = run_script("train.py", *options, cwd=tmp_path, SLURM_JOB_NAME="leaves", **job, **ONE_THREAD)
     assert "note: SLURM has given this job several tasks" in done.stdout and "srun" in done.stdout
     assert outcome_of_fold_1(tmp_path) == outcome_of_fold_1(one_process)
+
+
+@pytest.mark.parametrize("step", ["4294967290", "4294967291"])  # SLURM's numbers for salloc's shell, and a batch script
+def test_the_shell_of_an_allocation_is_no_step_of_srun(monkeypatch, step):
+    for name, value in {
+        "SLURM_JOB_ID": "1",
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_NAME": "foo",
+        "SLURM_STEP_ID": step,
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert not is_one_of_several_processes()
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert is_one_of_several_processes()
 
 
 def test_jobs_that_start_together_never_take_each_others_folds(tmp_path):

@@ -1,6 +1,8 @@
 """predict.py on photos of all kinds: the numbers, and what becomes of bad ones."""
 
 import os
+import re
+import sys
 
 import cv2
 import numpy as np
@@ -110,10 +112,8 @@ def test_bad_photos_are_reported_and_skipped_and_equal_names_stay_apart(trained,
         "error: 4 of 6 photos could not be read, 1 folders held none, see above",
     ):
         assert line in done.stderr.splitlines()
-    assert (
-        "error: bare holds no photo" in done.stderr.splitlines() and "its name is not UTF-8: rename it" in done.stderr
-    )
-    assert "note: left out of orchard, as no photos: orchard/notes.txt\n" in done.stdout
+    assert "error: bare holds no photo" in done.stderr.splitlines() and "its name is not UTF-8" in done.stderr
+    assert "note: 1 left out of orchard, as no photos: orchard/notes.txt\n" in done.stdout
     assert found.index.tolist() == ["orchard/north/leaf.jpg", "orchard/south/leaf.jpg"]
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
     assert np.abs(found.iloc[0] - found.iloc[1]).max() > 1e-3
@@ -166,6 +166,12 @@ def test_in_a_folder_what_is_a_photo_is_taken_and_nothing_else(trained, tmp_path
     (tmp_path / "in" / "film.mov").write_bytes(b"\0\0\0\x14ftypqt  " + bytes(3000))
     (tmp_path / "in" / "tune.wav").write_bytes(b"RIFF\0\0\1\0WAVEfmt " + bytes(3000))
     (tmp_path / "in" / "BMW.txt").write_text("BM is how a bitmap begins, too.")
+    (tmp_path / "in" / "scan.exr").write_bytes(b"v/1\1" + bytes(3000))
+    with open(os.fsencode(tmp_path / "in") + b"/caf\xe9", "wb") as file:  # latin-1; OpenCV cannot be asked about it
+        file.write(b"P5 is how a grey picture begins, too.")
+    with open(tmp_path / "in" / "huge.bin", "wb") as file:
+        file.write(b"BM")
+        file.truncate(40 * 10**9)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "in" / "deep" / "loop").symlink_to(tmp_path / "in")
@@ -175,7 +181,8 @@ def test_in_a_folder_what_is_a_photo_is_taken_and_nothing_else(trained, tmp_path
         (tmp_path / "in" / name).write_bytes(content)
     found, empty = find_photos([tmp_path / "in"])
     assert [str(path.relative_to(tmp_path / "in")) for path in found] == sorted(photos) and empty == 0
-    assert "note: left out of " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(r"note: \d+ left out of .*, as no photos: .*/BMW.txt, .*/film.mov, ", said)  # hidden ones last
     assert find_photos([tmp_path / "in" / ".ipynb_checkpoints" / "a.jpg"])[0]  # what is named is taken
     fill(tmp_path / "only", [".hidden.jpg", "notes.txt"])
     assert find_photos([tmp_path / "only"]) == ([], 1)
@@ -192,6 +199,46 @@ def test_photos_that_cannot_be_decoded_are_errors_that_say_what_to_do(trained, t
     for name, kind in (("IMG_1.HEIC", "HEIC"), ("IMG_2", "HEIC"), ("DSC_3.NEF", "raw")):
         said = f"error: in/{name} is a {kind} file, which cannot be read: convert it to JPEG or PNG"
         assert said in done.stderr.splitlines()
+
+
+def test_where_nothing_can_be_written_is_told_before_the_work(trained, tmp_path):
+    (tmp_path / "a.jpg").write_bytes((trained / "leaves" / "images" / "Test_1.jpg").read_bytes())
+    os.mkfifo(tmp_path / "pipe")  # as /dev/null, which would become a file
+    for output, said in (
+        ("a.jpg/x.csv", "cannot write a.jpg/x.csv (cannot make the folder a.jpg: File exists): start this in another"),
+        ("pipe", "cannot write pipe: it is no ordinary file"),
+        (".", "cannot write .: it is a folder"),
+    ):
+        options = ["--log_dir", trained / "logs", "--folds", 0, "--num_workers", 0, "--output", output]
+        done = run_script("predict.py", "a.jpg", *options, cwd=tmp_path, check=False)
+        assert done.returncode == 1 and f"error: {said}" in done.stderr and "photos x" not in done.stderr
+    (tmp_path / "submission.csv").mkdir()
+    options = ["--log_dir", trained / "logs", "--folds", 0, "--num_workers", 0, "--cache_dir", tmp_path / "cache"]
+    for step in ("generate_soft_labels.py", "error_analysis.py"):
+        done = run_script(step, *options, cwd=tmp_path, check=False)
+        assert done.returncode == 1 and "error: cannot write " in done.stderr and "out-of-fold:" not in done.stderr
+        (tmp_path / "error_analysis.csv").mkdir(exist_ok=True)
+
+
+@pytest.mark.parametrize("name", ["=1+1.jpg", "two\nlines.jpg", "red\x1b[31m.jpg"])
+def test_a_photo_whose_name_would_do_harm_in_a_table_is_refused(trained, tmp_path, name):
+    content = (trained / "leaves" / "images" / "Test_1.jpg").read_bytes()
+    for one in (name, "fine.jpg"):
+        (tmp_path / one).write_bytes(content)
+    done, found = predict_photos(name, "fine.jpg", trained=trained, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and found.index.tolist() == ["fine.jpg"] and "rename it" in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are in UTF-8")
+def test_a_locale_that_is_not_utf_8_is_told_with_what_to_type(tmp_path):
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = run_script("blend.py", "--limit", 3, cwd=tmp_path, cold=True, check=False, **locale)
+    assert done.returncode == 2 and "type export PYTHONUTF8=1 first" in done.stderr.splitlines()[-1]
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    done = run_script("blend.py", cwd=os.fsdecode(folder), cold=True, check=False)
+    assert done.returncode == 2 and "working directory" in done.stderr.splitlines()[-1]
 
 
 def test_results_come_before_heat_maps_and_long_names_are_shortened(trained, tmp_path):
