@@ -1,12 +1,13 @@
 # Two commands for a fresh machine: `make demo` (all five steps on rendered leaves) and `make test` (lint and all tests).
 # Both run on the CPU, also where there are GPUs. `make quick` is for the one who edits: lint and the tests of the recipe.
+# `make gpu-check` tells whether all is well on a GPU, and how long a reproduction will take.
 # `make test-oldest` runs all tests with the oldest packages that requirements.txt allows, in an environment of its own.
 PYTHON ?= python3
 RECIPE = tests/test_augmentation.py tests/test_data.py tests/test_fidelity.py tests/test_prediction.py tests/test_training.py
 
-export CUDA_VISIBLE_DEVICES =
+demo quick test test-oldest: export CUDA_VISIBLE_DEVICES =
 
-.PHONY: demo lint quick test test-oldest
+.PHONY: demo gpu-check lint quick test test-oldest
 
 demo: .venv/installed
 	.venv/bin/python -m tools.demo
@@ -22,6 +23,9 @@ quick: lint
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+gpu-check: .venv/installed
+	.venv/bin/python -m tools.gpu_check
 
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile --durations=15

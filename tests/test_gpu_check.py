@@ -1,0 +1,77 @@
+"""What `make gpu-check` does that needs no GPU: fp16 with the loss scaler on the CPU, the table, the estimate."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_script
+
+from tools import gpu_check
+from tools.gpu_check import Table, check_accumulation, check_agreement, check_fp16, estimate_hours
+
+CPU = torch.device("cpu")
+
+
+def results(table):
+    return {row["check"]: row["result"] for row in table.rows}
+
+
+def test_fp16_with_the_loss_scaler_learns_and_is_clipped_after_unscaling():
+    """Lightning's own 16-mixed becomes bf16 on a CPU, so the plugin is handed in, as on a GPU."""
+    table = Table()
+    check_fp16(table, CPU, (32, 64), steps=4)
+    assert results(table) == {
+        "fp16 with the loss scaler: the loss falls": "ok",
+        "fp16: clipped at 1, after unscaling": "ok",
+    }
+    assert table.rows[1]["value"] == pytest.approx(1, abs=0.01)  # it was longer, and was clipped
+
+
+def test_a_fused_optimizer_under_the_loss_scaler_would_be_noticed(monkeypatch):
+    """It unscales by itself, after the clipping, which then sees gradients that are 1,024 times too long."""
+    adam = torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, lr, fused: adam(parameters, lr, fused=True))
+    table = Table()
+    check_fp16(table, CPU, (32, 64), steps=2)
+    assert results(table)["fp16: clipped at 1, after unscaling"] == "failed"
+
+
+def test_checks_fail_where_something_is_wrong(monkeypatch):
+    table = Table()
+    check_agreement(table, CPU)
+    check_accumulation(table, CPU)
+    assert set(results(table).values()) == {"ok"}
+    made = iter(range(10))
+
+    def another(device):
+        torch.manual_seed(next(made))
+        return gpu_check.LeafNet().to(device)
+
+    monkeypatch.setattr(gpu_check, "draw_network", another)
+    table = Table()
+    check_agreement(table, CPU)
+    check_accumulation(table, CPU)
+    assert set(results(table).values()) == {"failed"}
+
+
+def test_the_estimate_counts_every_photo():
+    # 70 epochs of 5 folds: 4 of 5 photos are trained on, one is validated; both rounds; then the predictions
+    training, validating = 70 * 5 * 1821 * 4 / 5, 70 * 5 * 1821 / 5
+    expected = 2 * (training * 0.05 + validating * 0.01) + (1821 + 2 * 1821 * 8 * 5) * 0.01
+    assert estimate_hours(0.05, 0.01, (480, 768)) == pytest.approx(expected / 3600)
+    assert estimate_hours(0.05, 0.01, (240, 384)) == pytest.approx(4 * expected / 3600)
+
+
+@pytest.mark.slow
+def test_on_a_machine_without_a_gpu_it_runs_on_the_cpu_and_says_so(tmp_path, monkeypatch):
+    done = run_script("tools.gpu_check", "--quick", "--num_workers", 0, cwd=tmp_path)
+    assert "CPU: there is no GPU, so this shows only that the checks work" in done.stdout
+    record = json.loads((tmp_path / "gpu_check.json").read_text())
+    rows = {row["check"]: row for row in record["checks"]}
+    assert record["environment"]["torch"] and rows["memory at 64x96, batch 32"]["result"] == "left out"
+    assert rows["float32 logits as on the CPU"]["value"] == 0
+    assert np.isfinite(rows["all five steps at 480x768 on this device, computed"]["value"])
+    assert not [row for row in record["checks"] if row["result"] == "failed"]
+    for name, row in rows.items():
+        assert f"{name} " in done.stdout and row["result"] in done.stdout

@@ -1,0 +1,418 @@
+"""Is all well on this GPU, and how long will a reproduction take? A table, in at most nine minutes on one GPU.
+
+  make gpu-check        # python -m tools.gpu_check
+
+Reads   nothing: photos are rendered, weights drawn.
+Writes  gpu_check.json: every figure, with machine and versions.
+Expect  a row a check: ok, failed, or a figure. On a machine without a GPU the same checks run on the CPU, on small
+        photos, and say so: that shows that they work, and nothing about a GPU.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from joblib import cpu_count
+from pytorch_lightning import Trainer
+from pytorch_lightning.plugins import MixedPrecision
+from torch.utils.data import DataLoader
+
+from dataset import EpochSampler, LeafDataset, make_loader, train_augmentation
+from harness.command_line import HelpFormatter, file_or_folder, parse_args
+from harness.console import InputError, quiet_libraries
+from harness.devices import choose_device, compute_exactly, describe_environment, out_of_memory
+from harness.files import atomic_write
+from models import LeafModule, LeafNet
+
+REPO = Path(__file__).parent.parent
+SIZE, SMALL_SIZE = (480, 768), (64, 96)  # of the photos: on a GPU, on a CPU
+BATCHES = (8, 16, 32)
+TOLERANCE = 2e-3  # of float32 logits between two devices
+PHOTOS = {"train": 1821, "test": 1821, "epochs": 70, "folds": 5, "draws": 8}
+
+
+class Table:
+    """The checks as they come: printed as rows, kept for the file."""
+
+    def __init__(self):
+        self.rows = []
+
+    def add(self, check, result, value=None, unit="", about=""):
+        """result: "ok", "failed", "figure" or "left out"; value: float or None; about: text."""
+        self.rows.append({"check": check, "result": result, "value": value, "unit": unit, "about": about})
+        shown = "" if value is None else f"{value:.4g} {unit}"
+        print(f"{check:58} {result:9} {shown:>16}  {about}".rstrip(), flush=True)
+
+    def expect(self, check, holds, value, unit="", about=""):
+        self.add(check, "ok" if holds else "failed", float(value), unit, about)
+
+
+def draw_batch(device, batch, size):
+    """uint8 images (batch, height, width, 3) and labels (batch, 4) that sum to 1."""
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (batch, *size, 3), dtype=np.uint8)).to(device)
+    return images, torch.eye(4, device=device)[torch.arange(batch, device=device) % 4]
+
+
+def draw_network(device):
+    """LeafNet with the same drawn weights each time."""
+    torch.manual_seed(0)
+    return LeafNet().to(device, memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------------------- is all well?
+
+
+def check_agreement(table, device):
+    """Float32 predictions of the CPU and of the device."""
+    images, _ = draw_batch("cpu", 4, SMALL_SIZE)
+    with torch.inference_mode():
+        expected = draw_network("cpu").eval()(images)
+        found = draw_network(device).eval()(images.to(device)).cpu()
+    apart = (expected - found).abs().max().item()
+    table.expect("float32 logits as on the CPU", apart < TOLERANCE, apart, about=f"less than {TOLERANCE}")
+
+
+def check_accumulation(table, device):
+    """The gradient of a batch, and of its two halves, added; batch norm in evaluation mode."""
+    images, labels = draw_batch(device, 8, SMALL_SIZE)
+    gradients = []
+    for parts in (1, 2):
+        network = draw_network(device).eval()
+        for some, of_some in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+            (torch.nn.functional.cross_entropy(network(some), of_some) / parts).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+    apart = ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
+    table.expect("the gradient of two parts is that of the whole", apart < 1e-3, apart, about="relative")
+
+
+class Watched(LeafModule):
+    """Keeps the losses, and of each step the norm of the gradients that the optimizer sees."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.losses, self.norms = [], []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.detach())
+        return loss
+
+    def configure_optimizers(self):
+        configured = super().configure_optimizers()
+        configured["optimizer"].register_step_pre_hook(lambda *_: self.norms.append(self._norm()))
+        return configured
+
+    def _norm(self):
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        return torch.stack([gradient.norm() for gradient in gradients]).norm()
+
+
+def fp16_plugin(device):
+    """Mixed precision with a loss scaler, which Lightning's flag alone gives on GPUs only."""
+    return MixedPrecision("16-mixed", device.type, torch.amp.GradScaler(device.type, init_scale=2.0**10))
+
+
+def check_fp16(table, device, size, steps=12):
+    """Training in fp16 with the loss scaler: the loss falls, and no gradient reaches the optimizer longer than 1."""
+    images, labels = draw_batch("cpu", 8, size)
+    batch = {"image": images, "label": labels, "row": torch.arange(8)}
+    module = Watched(draw_network("cpu"), "cosine", 1e-3, 0)
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=[device.index] if device.type == "cuda" else 1,
+        plugins=[fp16_plugin(device)],
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader([batch] * steps, batch_size=None))
+    losses, norms = (torch.stack(values).float().cpu() for values in (module.losses, module.norms))
+    table.expect("fp16 with the loss scaler: the loss falls", losses[-1] < losses[0], losses[-1] / losses[0], "x")
+    # a step whose gradients have overflowed is left out by the scaler, after this hook
+    longest = norms[norms.isfinite()].max()
+    fused = trainer.optimizers[0].defaults["fused"]
+    table.expect("fp16: clipped at 1, after unscaling", longest < 1.001 and not fused, longest)
+
+
+KILLED = """
+import os, runpy, sys
+from harness import callbacks
+callbacks.RESUME_EVERY = 0
+keep = callbacks.ResumePoint.on_train_epoch_start
+def keep_and_die(self, trainer, module):
+    keep(self, trainer, module)
+    if trainer.current_epoch == int(sys.argv[1]):
+        os._exit(9)
+callbacks.ResumePoint.on_train_epoch_start = keep_and_die
+sys.argv = [sys.argv[2], *sys.argv[3:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_train(folder, log_dir, *options, die_before=99):
+    """train.py on the rendered sample, by the device's default precision; returns its seconds."""
+    words = ["--data_dir", "sample", "--weights", "none", "--image_size", *SMALL_SIZE, "--train_batch_size", 8]
+    words += ["--max_epochs", 3, "--folds", 0, "--log_dir", log_dir, *options]
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(die_before), str(REPO / "train.py"), *map(str, words)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode not in (0, 9):
+        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr else f"status {done.returncode}")
+    return time.perf_counter() - started
+
+
+def check_resume(table, folder):
+    """A training that was killed before its third epoch goes on to the numbers of one that was not."""
+    run_train(folder, "whole")
+    run_train(folder, "killed", die_before=2)
+    run_train(folder, "killed")
+    whole, killed = (
+        pd.read_csv(folder / name / "metrics" / "fold=0.csv").drop(columns="seconds") for name in ("whole", "killed")
+    )
+    apart = np.abs(whole - killed).to_numpy().max()
+    about = "to the bit" if apart == 0 else "not to the bit: some of cuDNN's and the GPU's sums have no fixed order"
+    table.expect("killed and continued: the same metrics", len(killed) == 3 and apart < 1e-2, apart, about=about)
+
+
+def check_several(table, folder, n_gpus):
+    """A fold on two GPUs, and two folds on one each."""
+    if n_gpus < 2:
+        table.add("a fold on two GPUs (DDP); a fold each", "left out", about="there are not two GPUs")
+        return
+    table.add("a fold on two GPUs (DDP)", "ok", run_train(folder, "ddp", "--gpus", 0, 1), "s")
+    seconds = run_train(folder, "parallel", "--gpus", 0, 1, "--folds", 0, 1, "--parallel_folds")
+    table.add("two folds, one on each GPU", "ok", seconds, "s")
+
+
+# ---------------------------------------------------------------------------------------------- how fast?
+
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def make_step(device, size, batch, precision, channels_last=True, compiled=False):
+    """A function of images and labels, by default always the same, that takes one training step as train.py does."""
+    module = LeafModule(draw_network(device), "cosine", 1e-3, 0)
+    network = module.network.train()
+    if not channels_last:
+        network = network.to(memory_format=torch.contiguous_format)
+    run = torch.compile(network) if compiled else network
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=precision == torch.float16)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=precision != torch.float16)
+    of_default = draw_batch(device, batch, size)
+
+    def step(images=of_default[0], labels=of_default[1]):
+        with torch.autocast(device.type, precision):
+            loss = module.loss(run(images), labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
+
+
+def time_steps(step, device):
+    """Seconds of a step, on average of as many as fit into a few seconds, after some to warm up."""
+    seconds = 4 if device.type == "cuda" else 0.5
+    for _ in range(3 if device.type == "cuda" else 1):
+        step()
+    synchronise(device)
+    n, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        step()
+        n += 1
+        if n % 5 == 0:
+            synchronise(device)
+    synchronise(device)
+    return (time.perf_counter() - started) / n
+
+
+def measure_memory(table, device, size, precision):
+    """Peak memory of a step for several batches; returns the largest batch that fits, or the smallest."""
+    fitting = BATCHES[0]
+    for batch in BATCHES:
+        check = f"memory at {size[0]}x{size[1]}, batch {batch}"
+        if device.type == "cpu":
+            table.add(check, "left out", about="there is no GPU")
+            continue
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            step = make_step(device, size, batch, precision)
+            step()
+            synchronise(device)
+        except RuntimeError as error:
+            if out_of_memory(error) is None:
+                raise
+            table.add(check, "figure", about="more than there is: --accumulate_grad_batches")
+            break
+        fitting = batch
+        table.add(check, "figure", torch.cuda.max_memory_reserved(device) / 2**30, "GiB")
+        del step
+    return fitting
+
+
+def measure_ratios(table, device, size, batch, precision):
+    """What each setting does to the time of a step, as a ratio; returns the seconds of a step as train.py takes it."""
+    usual = time_steps(make_step(device, size, batch, precision), device)
+    table.add(f"training step, {size[0]}x{size[1]}, batch {batch}", "figure", batch / usual, "photos/s")
+    plain = time_steps(make_step(device, size, batch, precision, channels_last=False), device)
+    table.add("  channels last, against not", "figure", plain / usual, "x", "on in train.py")
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
+        free = time_steps(make_step(device, size, batch, precision), device)
+        compute_exactly("16")
+        table.add("  cudnn.benchmark, not deterministic, against off", "figure", usual / free, "x", "off in train.py")
+    else:
+        return usual
+    try:
+        compiled = time_steps(make_step(device, size, batch, precision, compiled=True), device)
+        table.add("  torch.compile, against not", "figure", usual / compiled, "x", "off in train.py")
+    except Exception as error:  # whatever a compiler says: it is told, and the check goes on
+        table.add("  torch.compile, against not", "failed", about=str(error).strip().splitlines()[0][:80])
+    return usual
+
+
+class Noise:
+    """Indexable as the image cache is: row → uint8 (height, width, 3)."""
+
+    def __init__(self, size):
+        self.images = np.random.default_rng(0).integers(0, 256, (64, *size, 3), dtype=np.uint8)
+
+    def __getitem__(self, row):
+        return self.images[row % len(self.images)]
+
+
+def measure_loader(table, device, size, batch, precision, usual, workers):
+    """Steps on batches from the loader, against the same on data that is on the device already."""
+    n_steps = 40 if device.type == "cuda" else 4
+    n = (n_steps + 8) * batch
+    dataset = LeafDataset(
+        Noise(size), [f"Train_{i}" for i in range(n)], np.eye(4)[np.arange(n) % 4], train_augmentation()
+    )
+    loader = make_loader(dataset, EpochSampler(np.arange(n), batch, 0, 0), batch, workers, device.type == "cuda")
+    step, on_gpu = make_step(device, size, batch, precision), []
+    for number, data in enumerate(loader):
+        if number == 8:  # the first ones are waited for, whatever the rate
+            synchronise(device)
+            started = time.perf_counter()
+        images, labels = (data[name].to(device, non_blocking=True) for name in ("image", "label"))
+        if device.type == "cuda":
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+        step(images, labels)
+        if device.type == "cuda":
+            events[1].record()
+            on_gpu.append(events)
+    synchronise(device)
+    seconds = (time.perf_counter() - started) / n_steps
+    rate = usual / seconds
+    about = f"{workers} workers; goal: at least 0.9"
+    table.add("steps fed by the loader, against data on the device", "figure", rate, "x", about)
+    if on_gpu:
+        busy = sum(first.elapsed_time(last) for first, last in on_gpu[8:]) / 1000 / n_steps
+        table.add("share of the time in which the GPU computes", "figure", min(1, busy / seconds), "x")
+    return seconds
+
+
+def measure_prediction(device, size, batch):
+    """Seconds to predict a photo in float32, as steps 2 and 4 do."""
+    network, (images, _) = draw_network(device).eval(), draw_batch(device, batch, size)
+
+    def predict():
+        with torch.inference_mode():
+            network(images).softmax(1)
+
+    return time_steps(predict, device) / batch
+
+
+def estimate_hours(train, predict, size):
+    """Hours of all five steps at 480x768 on one device, from the seconds a photo at `size`, by the number of pixels."""
+    scale = SIZE[0] * SIZE[1] / (size[0] * size[1])
+    n, folds = PHOTOS["train"], PHOTOS["folds"]
+    round_of = PHOTOS["epochs"] * n * ((folds - 1) * train + predict)  # validation is taken as prediction
+    tests = PHOTOS["test"] * PHOTOS["draws"] * folds * predict
+    return scale * (2 * round_of + n * predict + 2 * tests) / 3600
+
+
+def main(args):
+    quiet_libraries()
+    kind, indices = choose_device(None)
+    device = torch.device(kind, indices[0])
+    on_gpu = kind == "cuda"
+    compute_exactly("32")
+    size, precision = (SIZE, torch.float16) if on_gpu else (SMALL_SIZE, torch.bfloat16)
+    name = (
+        torch.cuda.get_device_name(device)
+        if on_gpu
+        else "CPU: there is no GPU, so this shows only that the checks work"
+    )
+    table, started = Table(), time.perf_counter()
+    print(f"{name}; torch {torch.__version__}, {args.num_workers} workers", flush=True)
+    check_agreement(table, device)
+    check_accumulation(table, device)
+    check_fp16(table, device, SMALL_SIZE)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.quick:
+            table.add("killed and continued", "left out", about="--quick")
+        else:
+            words = [
+                "-m",
+                "tools.generate_sample_data",
+                "--out",
+                f"{folder}/sample",
+                "--n_train",
+                "41",
+                "--n_test",
+                "5",
+            ]
+            subprocess.run(
+                [sys.executable, *words, "--photo_size", "96", "144"], cwd=REPO, check=True, capture_output=True
+            )
+            check_resume(table, Path(folder))
+            check_several(table, Path(folder), len(indices) if on_gpu else 0)
+    batch = measure_memory(table, device, size, precision)
+    usual = measure_ratios(table, device, size, batch, precision)
+    fed = measure_loader(table, device, size, batch, precision, usual, args.num_workers)
+    hours = estimate_hours(fed / batch, measure_prediction(device, size, batch), size)
+    table.add("all five steps at 480x768 on this device, computed", "figure", hours, "hours")
+    failed = [row["check"] for row in table.rows if row["result"] == "failed"]
+    print(f"{(time.perf_counter() - started) / 60:.1f} minutes; {len(failed)} checks failed")
+    record = {"device": name, "environment": describe_environment(), "size": size, "batch": batch, "checks": table.rows}
+    with atomic_write(args.out, "w") as file:
+        json.dump(record, file, indent=1)
+    if failed:
+        raise InputError(f"{'; '.join(failed)}: see the table, and {args.out}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    group = parser.add_argument_group("how")
+    group.add_argument("--num_workers", type=int, default=min(8, cpu_count()), help="processes that load photos")
+    group.add_argument("--quick", action="store_true", help="without the check that trains in processes of its own")
+    group.add_argument(
+        "--out", type=file_or_folder, default="gpu_check.json", metavar="JSON", help="where the figures go"
+    )
+    main(parse_args(parser))
