@@ -172,6 +172,8 @@ def compare_trainings(paths, against):
         raise InputError("name two log directories or more")
     runs = [read_run(name, CLASSES) for name in names]
     runs, labels = check_same_photos(runs)
+    if len(set(labels)) < 2:
+        raise InputError(f"the {len(labels)} photos that all have are of one class: there is nothing to rank")
     groups = [runs[: len(against)], runs[len(against) :]] if against else [[run] for run in runs]
     for group in groups:
         for one, other in combinations(group, 2):
