@@ -45,7 +45,7 @@ import pandas as pd
 from analysis.runs import NOTHING_DIFFERS, check_same_photos, describe_changes, read_run
 from analysis.statistics import compare, measure
 from harness.console import InputError
-from harness.files import write_csv
+from harness.files import check_writable, write_csv
 from harness.tables import read_scores
 
 SHOWN = 10  # photos that moved most
@@ -58,13 +58,16 @@ def tabulate(runs, labels):
     columns = {}
     for run in runs:
         figures = measure(labels, run.probabilities, CLASSES)
-        columns[run.name] = {name: value[0] for name, value in figures.items()} | {"minutes of training": run.minutes}
+        minutes = sum(run.minutes.get(fold, np.nan) for fold in np.unique(run.folds))
+        columns[run.name] = {name: value[0] for name, value in figures.items()} | {"minutes of training": minutes}
     return pd.DataFrame(columns)
 
 
 def show(value, name, sign=False):
     """A figure as text."""
     digits = 0 if name == "wrong photos" else 1 if name.startswith("minutes") else 4
+    if np.isinf(value):
+        return "unknown"
     return "-" if np.isnan(value) else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
@@ -125,16 +128,22 @@ def verdict(variants, found):
     """What to conclude about the mean AUC, as text. found: its Difference."""
     first, second = map(name_of, variants)
     several = max(map(len, variants)) > 1
+    if np.isinf(found.high):
+        return f"{second} cannot be told apart from {first}: of a class there is only one photo that all have"
+    if all(np.array_equal(variants[0][0].probabilities, run.probabilities) for runs in variants for run in runs):
+        return f"{second} and {first} hold the same predictions"
     interval = f"{found.value:+.4f}, from {found.low:+.4f} to {found.high:+.4f}"
     if found:
         is_or_are = "are" if len(variants[1]) > 1 else "is"
         what = f"{second} {is_or_are} {'better' if found.value > 0 else 'worse'} than {first}"
     else:
-        what = f"{second} and {first} cannot be told apart"
+        what = f"{second} cannot be told apart from {first}"
     about = "the photos and the seeds" if several else "the photos alone"
     text = f"{what} in mean AUC ({interval}, 95 %; chance in {about})."
     if not several:
         text += " This is about these two runs: another --seed can turn it round. Compare several, with --against."
+    elif min(map(len, variants)) == 1:
+        text += " One side is a single run; it is taken to vary as the other does. Give it more seeds."
     return text
 
 
@@ -187,9 +196,7 @@ def compare_trainings(paths, against):
                 print(f"note: {other.name} differs from {group[0].name}, though a run of the same variant: {changes}")
 
     n_all = max(run.n_photos for run in runs)
-    print(
-        f"{len(labels):,} photos that all have, of {n_all:,}; out-of-fold, in the best epochs: optimistic in all alike"
-    )
+    print(f"{len(labels):,} photos that all have, of {n_all:,}; out-of-fold, in the best epochs, which is optimistic")
     table = tabulate(runs, labels)
     rows = [["", *table.columns]] + [[name, *(show(of, name) for of in row)] for name, row in table.iterrows()]
     print_table(rows)
@@ -218,6 +225,7 @@ def compare_submissions(path, against):
     theirs = read_scores(against, CLASSES, ours["image_id"])
     a, b = (table[list(CLASSES)].to_numpy() for table in (ours, theirs))
     ranks_a, ranks_b = (table[list(CLASSES)].rank().to_numpy() for table in (ours, theirs))
+    ranks_a, ranks_b = (np.where(ranks.std(0) > 0, ranks, np.nan) for ranks in (ranks_a, ranks_b))  # nan: no order
     figures = {
         f"rank correlation, {name}": np.corrcoef(ranks_a[:, k], ranks_b[:, k])[0, 1] for k, name in enumerate(CLASSES)
     }
@@ -241,14 +249,25 @@ def compare_submissions(path, against):
 
 
 def main(args):
-    files = [path for path in [*args.paths, *(args.against or [])] if Path(path).is_file()]
-    if files and len(files) < len(args.paths) + len(args.against or []):
+    names = [*args.paths, *(args.against or [])]
+    for path in names:
+        if not Path(path).exists():
+            raise InputError(f"{path} does not exist")
+    if args.csv is not None:
+        check_writable(args.csv)
+        output = Path(args.csv).resolve()
+        for path in map(Path, names):
+            if output.is_relative_to(path.resolve()):
+                raise InputError(f"--csv {args.csv} is, or is in, what is compared: name another file")
+    files = [path for path in names if Path(path).is_file()]
+    if files and len(files) < len(names):
         raise InputError(f"{files[0]} is a file, others are not: compare log directories, or one CSV --against another")
     if files and (len(args.paths), len(args.against or [])) != (1, 1):
         raise InputError("submissions are compared in pairs: compare.py ONE.csv --against OTHER.csv")
-    table = (
-        compare_submissions(args.paths[0], args.against[0]) if files else compare_trainings(args.paths, args.against)
-    )
+    if files:
+        table = compare_submissions(args.paths[0], args.against[0])
+    else:
+        table = compare_trainings(args.paths, args.against)
     if args.csv is not None:
         write_csv(args.csv, table)
         print(f"wrote {args.csv}: {len(table)} rows")

@@ -82,6 +82,11 @@ def find_photos(names):
     return list(dict.fromkeys(paths)), empty
 
 
+def is_hidden(name):
+    """Whether a file or folder is hidden, or one that systems leave beside photos."""
+    return name.startswith(".") or name.lower() in OF_SYSTEMS
+
+
 def search_folder(folder):
     """The files below a folder, links followed, no folder twice: those that look like photos, all others, and problems.
 
@@ -90,7 +95,7 @@ def search_folder(folder):
     photos, others, problems, seen = [], [], [], set()
     for parent, folders, files in os.walk(folder, onerror=problems.append, followlinks=True):
         place = os.stat(parent)
-        hidden = [name for name in folders + files if name.startswith(".") or name.lower() in OF_SYSTEMS]
+        hidden = list(filter(is_hidden, folders + files))
         if (place.st_dev, place.st_ino) in seen:  # a link leads here again, perhaps in a circle
             folders.clear()
             continue
@@ -100,7 +105,8 @@ def search_folder(folder):
         for path in sorted(Path(parent) / name for name in set(files) - set(hidden)):
             (photos if looks_like_photo(path) else others).append(path)
     problems = [f"the folder {problem.filename} cannot be read: {problem.strerror}" for problem in problems]
-    return sorted(photos), sorted(others, key=lambda path: (path.name.startswith("."), path)), problems
+    others.sort(key=lambda path: (is_hidden(path.name), path))  # what one may have meant as a photo comes first
+    return sorted(photos), others, problems
 
 
 def load_or_report(path, image_size):

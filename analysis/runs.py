@@ -1,5 +1,6 @@
 """Finished trainings as compare.py sees them: their predictions, and what they were trained on and with."""
 
+import tokenize
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pandas as pd
 
 from harness.console import InputError
 from harness.log_dir import list_changes, read_hparams, read_kept_sources, read_own_csv
-from harness.sources import show_changes
+from harness.sources import show_changes, strip_comments
 
 NOTHING_DIFFERS = "nothing differs in options, inputs and source files"
 
@@ -22,8 +23,9 @@ class TrainedRun:
     folds: np.ndarray  # int (n,)
     labels: np.ndarray  # int (n,), class numbers
     probabilities: np.ndarray  # float (n, k), by the network that has not seen the photo
-    all_ids: set  # of folds.csv, also those of folds that are not finished
-    minutes: float  # of training, nan if metrics/ is not there
+    all_ids: set  # of folds.csv, also those of folds that are not finished; without folds.csv of the finished ones
+    all_known: bool  # whether folds.csv is there
+    minutes: dict  # fold to minutes of training, where metrics/ tells
     record: dict | None  # hparams.yaml
     sources: dict  # source file name to text
 
@@ -53,14 +55,13 @@ def read_run(log_dir, classes):
     expected = ["image_id", "fold", "label", *classes]
     if list(table) != expected:
         raise InputError(
-            f"{path} has the columns {','.join(table)}, not {','.join(expected)}: of other classes, or older"
+            f"{path} has the columns {','.join(table)}, not {','.join(expected)}: other classes, an edited table, or an older version"
         )
     values = table[list(classes)].to_numpy()
     unknown = set(table["label"]) - set(classes)
     if unknown or table["image_id"].duplicated().any() or values.dtype != float or not np.isfinite(values).all():
         raise InputError(f"{path} is damaged: not what train.py writes")
-    others, metrics = folder / "folds.csv", [folder / "metrics" / f"fold={fold}.csv" for fold in table["fold"].unique()]
-    there = all(path.is_file() for path in metrics)
+    others = folder / "folds.csv"
     return TrainedRun(
         name=str(log_dir),
         image_ids=table["image_id"].tolist(),
@@ -68,10 +69,30 @@ def read_run(log_dir, classes):
         labels=table["label"].map({name: number for number, name in enumerate(classes)}).to_numpy(),
         probabilities=values,
         all_ids=set(read_own_csv(others, ("image_id",))["image_id"] if others.is_file() else table["image_id"]),
-        minutes=sum(read_own_csv(path, ("seconds",))["seconds"].sum() for path in metrics) / 60 if there else np.nan,
+        all_known=others.is_file(),
+        minutes={fold: minutes for fold in table["fold"].unique() if (minutes := read_minutes(folder, fold))},
         record=read_hparams(folder) if (folder / "hparams.yaml").is_file() else None,
-        sources=read_kept_sources(folder),
+        sources=read_sources(folder),
     )
+
+
+def read_sources(folder):
+    """The source files that a log directory keeps, dict of name to text. Raises InputError if they are no Python."""
+    try:
+        sources = read_kept_sources(folder)
+        for text in sources.values():
+            strip_comments(text)
+    except (UnicodeDecodeError, tokenize.TokenError, SyntaxError) as error:
+        raise InputError(f"{folder / 'source'} is damaged ({error}): not what train.py writes") from error
+    return sources
+
+
+def read_minutes(folder, fold):
+    """Minutes of training of a fold, float, or None if its metrics do not tell."""
+    try:
+        return float(pd.read_csv(folder / "metrics" / f"fold={fold}.csv")["seconds"].sum() / 60)
+    except (OSError, ValueError, KeyError, TypeError):  # a figure on the side: no reason to refuse the comparison
+        return None
 
 
 def check_same_photos(runs):
@@ -83,7 +104,8 @@ def check_same_photos(runs):
     for run in runs[1:]:
         limited = any(of.record and of.record["options"].get("limit") for of in (first, run))
         within = run.all_ids <= first.all_ids or run.all_ids >= first.all_ids
-        if run.all_ids != first.all_ids and not (limited and within):
+        known = first.all_known and run.all_known
+        if run.all_ids != first.all_ids and not (within and (limited or not known)):
             raise InputError(
                 f"{run.name} is about other photos than {first.name}: of {run.n_photos} and {first.n_photos} they share "
                 f"{len(run.all_ids & first.all_ids)}"
@@ -99,7 +121,7 @@ def check_same_photos(runs):
         other = np.flatnonzero(run.labels[rows] != tables[0]["label"].loc[common])
         if len(other):
             raise InputError(
-                f"{run.name} has other labels than {first.name}, for {len(other)} photos: {common[other[0]]} and others"
+                f"{run.name} has other labels than {first.name}, of {common[other[0]]} and {len(other) - 1} others"
             )
         parts = {"folds": run.folds[rows], "labels": run.labels[rows], "probabilities": run.probabilities[rows]}
         same.append(replace(run, image_ids=common, **parts))
@@ -111,7 +133,8 @@ def describe_changes(before, after, but_for=frozenset()):
     if before.record is None or after.record is None:
         missing = next(run.name for run in (before, after) if run.record is None)
         return f"{missing}/hparams.yaml is missing: what differs in options and source files is unknown"
-    changes = list_changes(before.record, after.record["options"], after.record["fingerprints"])
+    options = dict.fromkeys(before.record["options"]) | after.record["options"]
+    changes = list_changes(before.record, options, after.record["fingerprints"])
     changes = {name: text for name, text in changes.items() if name not in but_for}
     if not changes:
         return NOTHING_DIFFERS

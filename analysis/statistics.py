@@ -6,6 +6,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 RESAMPLES = 2000
+FEW = 3000  # photos; with more, the degrees of freedom decide nothing, and the jackknife takes long
 
 # ---------------------------------------------------------------------------------------------- figures
 
@@ -86,10 +87,14 @@ def compare(labels, variants, classes, n_resamples=RESAMPLES, names=None):
     figures wanted, by default all.
     """
     runs, n_first = [run for runs in variants for run in runs], len(variants[0])
-    drawn, left_out = resample(labels, n_resamples), 1 - np.eye(len(labels), dtype=np.float32)
+    drawn = resample(labels, n_resamples)
     figures, of_drawn = ([measure(labels, run, classes, weights) for run in runs] for weights in (None, drawn))
     several = len(runs) > 2
-    of_left_out = None if several else [measure(labels, run, classes, left_out) for run in runs]
+    of_left_out = None
+    if not several and len(labels) <= FEW:
+        left_out = 1 - np.eye(len(labels), dtype=np.float32)
+        of_left_out = [measure(labels, run, classes, left_out) for run in runs]
+    alone = [name for number, name in enumerate(classes) if (labels == number).sum() == 1]
     differences = {}
     for name in names or figures[0]:
         values = np.concatenate([of_run[name] for of_run in figures])
@@ -99,8 +104,12 @@ def compare(labels, variants, classes, n_resamples=RESAMPLES, names=None):
             variance, freedom = variance_of_variants(values, covariance, n_first)
         else:
             variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
-            freedom = degrees_of_freedom(labels, of_left_out[1][name] - of_left_out[0][name])
+            freedom = np.inf
+            if of_left_out is not None:
+                freedom = degrees_of_freedom(labels, of_left_out[1][name] - of_left_out[0][name])
         reach = stdtrit(min(freedom, 1e6), 0.975) * np.sqrt(max(0, variance))
+        if name in alone or alone and name == "mean AUC":
+            reach = np.inf  # one photo does not tell how much another one would change
         differences[name] = Difference(float(value), float(value - reach), float(value + reach))
     return differences
 
@@ -120,16 +129,22 @@ def variance_of_variants(values, covariance, n_first):
     """The variance of a difference of two variants of three or more runs in all, and its degrees of freedom.
 
     values: float (m,), a value a run, those of the first variant first; covariance: float (m, m), over resamples of the
-    photos. It is the variance among seeds, the same in both variants, which holds what photos do to each seed alone, and
-    what the resamples show to be common to all seeds of a variant: the model of Obuchowski and Rockette (1995) for
-    readers nested in treatments, here seeds in variants, with the degrees of freedom of Hillis (2007). To add the whole
-    variance of the resamples would count a part of it twice.
+    photos. It is the variance among seeds, which holds what photos do to each seed alone, and what the resamples show to
+    be common to all seeds of a variant: the model of Obuchowski and Rockette (1995) for readers nested in treatments,
+    here seeds in variants, with the degrees of freedom of Hillis (2007). To add the whole variance of the resamples would
+    count a part of it twice. With as many seeds on both sides their variance is taken to be the same. With other numbers
+    it is not, and the degrees of freedom are those of the smaller side; one run is taken to vary as the other side does.
     """
     groups = np.arange(n_first), np.arange(n_first, len(values))
-    freedom = len(values) - 2
-    of_seeds = sum(((values[rows] - values[rows].mean()) ** 2).sum() for rows in groups) / freedom
-    of_seeds *= sum(1 / len(rows) for rows in groups)
+    sizes = np.array([len(rows) for rows in groups])
+    squares = np.array([((values[rows] - values[rows].mean()) ** 2).sum() for rows in groups])
     blocks = [covariance[np.ix_(rows, rows)] for rows in groups if len(rows) > 1]
     common = np.mean([(block.sum() - np.trace(block)) / (block.size - len(block)) for block in blocks])
-    variance = of_seeds + 2 * max(0, common - covariance[np.ix_(*groups)].mean())
-    return variance, (variance / of_seeds) ** 2 * freedom if of_seeds else np.inf
+    of_photos = 2 * max(0, common - covariance[np.ix_(*groups)].mean())
+    if sizes[0] == sizes[1]:
+        of_seeds = 2 * squares.sum() / (len(values) - 2) / sizes[0]
+        variance = of_seeds + of_photos
+        return variance, (variance / of_seeds) ** 2 * (len(values) - 2) if of_seeds else np.inf
+    several = sizes > 1
+    of_each = np.where(several, squares / np.maximum(1, sizes - 1), squares.sum() / (sizes.max() - 1))
+    return (of_each / sizes).sum() + of_photos, sizes[several].min() - 1

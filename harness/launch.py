@@ -37,7 +37,10 @@ def cluster_environment():
         return TorchElasticEnvironment()
     step = os.environ.get("SLURM_STEP_ID", "none")
     if SLURMEnvironment.detect() and step.isdigit() and int(step) < 2**32 - 16:  # above: salloc's shell, a batch script
-        return SLURMEnvironment(auto_requeue=False)
+        try:
+            return SLURMEnvironment(auto_requeue=False)
+        except RuntimeError as error:  # Lightning wants to know how many there are on each machine
+            raise InputError("SLURM: give --ntasks-per-node in place of --ntasks (docs/clusters.md)") from error
     return LightningEnvironment()
 
 

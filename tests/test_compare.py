@@ -163,7 +163,7 @@ def test_two_seeds_of_one_variant_are_not_told_apart_and_a_real_difference_is(tm
     write_run(tmp_path / "better", 3, skill=3.2, learning_rate=3e-4)
     done = compare_them(tmp_path, "logs", "again", "better", "--csv", "out.csv", cold=True)
     first, second = done.stdout.split("\nagain against logs\n")[1].split("\nbetter against logs\n")
-    assert "verdict: again and logs cannot be told apart in mean AUC (" in first
+    assert "verdict: again cannot be told apart from logs in mean AUC (" in first
     assert "verdict: better is better than logs in mean AUC (+" in second
     for text in (first, second):
         assert "about these two runs: another --seed can turn it round" in text
@@ -201,6 +201,7 @@ def test_several_seeds_are_a_verdict_on_the_variant(tmp_path):
     shutil.rmtree(tmp_path / "b2")
     write_run(tmp_path / "b2", 12, skill=2.8, max_epochs=3)
     done = compare_them(tmp_path, "b1", "b2", "b3", "--against", "a1")
+    assert "One side is a single run; it is taken to vary as the other does." in done.stdout
     assert "note: b2 differs from b1, though a run of the same variant: max_epochs was None, is 3" in done.stdout
     shutil.copytree(tmp_path / "a1", tmp_path / "copy")
     assert "a1 and copy hold the same predictions" in refused(tmp_path, "b1", "b2", "--against", "a1", "copy")
@@ -235,7 +236,11 @@ def test_flattered_figures_are_called_so(tmp_path, labels, word):
 
 
 REFUSED = {  # what is compared with logs: how it is made, what is said
-    "a folder that is not there": (lambda folder: None, "other is neither a log directory nor a CSV file"),
+    "a folder that is not there": (lambda folder: None, "other does not exist"),
+    "a source that is no Python": (
+        lambda folder: write_run(folder, 2).joinpath("source", "models.py").write_text('"""'),
+        "other/source is damaged",
+    ),
     "a training without a finished fold": (lambda folder: folder.mkdir(), "other/out_of_fold.csv is missing: train.py"),
     "other photos": (
         lambda folder: write_run(folder, 2, n=300),
@@ -243,11 +248,11 @@ REFUSED = {  # what is compared with logs: how it is made, what is said
     ),
     "other labels": (
         lambda folder: relabel(write_run(folder, 2)),
-        "other has other labels than logs, for 1 photos: Train_0",
+        "other has other labels than logs, of Train_0 and 0 others",
     ),
     "other classes": (
         lambda folder: rename(write_run(folder, 2), "scab", "mildew"),
-        "has the columns image_id,fold,label,.*of",
+        "has the columns image_id,fold,label,.*: other classes",
     ),
     "no labels": (lambda folder: rename(write_run(folder, 2), "label", "x"), "has the columns image_id,fold,x,healthy"),
     "a word for a number": (
@@ -288,6 +293,67 @@ def test_one_log_directory_or_a_mixture_is_refused(tmp_path):
     assert "name two log directories or more" in refused(tmp_path, "logs")
     assert "a.csv is a file, others are not" in refused(tmp_path, "logs", "--against", "a.csv")
     assert "submissions are compared in pairs" in refused(tmp_path, "a.csv", "a.csv")
+
+
+def test_a_csv_never_takes_the_place_of_what_is_compared(tmp_path):
+    write_run(tmp_path / "logs", 1)
+    write_run(tmp_path / "other", 2)
+    before = (tmp_path / "logs" / "out_of_fold.csv").read_bytes()
+    assert "name another file" in refused(tmp_path, "logs", "other", "--csv", "logs/out_of_fold.csv")
+    assert "name another file" in refused(tmp_path, "logs", "other", "--csv", "other/new.csv")
+    assert "cannot write logs: it is a folder" in refused(tmp_path, "logs", "other", "--csv", "logs")
+    assert (tmp_path / "logs" / "out_of_fold.csv").read_bytes() == before
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("image_id,healthy,multiple_diseases,rust,scab\nTest_0,1,0,0,0\n")
+    assert "name another file" in refused(tmp_path, "a.csv", "--against", "b.csv", "--csv", "b.csv")
+    assert "typo.csv does not exist" in refused(tmp_path, "a.csv", "--against", "typo.csv")
+
+
+def test_a_difference_is_not_claimed_where_nothing_can_be_known(tmp_path):
+    """A class of which all have one photo only; the very same predictions."""
+    for number, name in enumerate(("logs", "other")):
+        write_run(tmp_path / name, number + 1, skill=1 + 3 * number)
+        path = tmp_path / name / "out_of_fold.csv"
+        table = pd.read_csv(path)
+        rare = table[table["label"] == "multiple_diseases"].index[1:]
+        table.drop(index=rare).to_csv(path, index=False)
+    said = compare_them(tmp_path, "logs", "other").stdout
+    assert "other cannot be told apart from logs: of a class there is only one photo that all have" in said
+    assert re.search(r"^mean AUC +\+0\.\d+ +unknown +unknown$", said, re.M)
+    write_run(tmp_path / "full", 3)
+    shutil.copytree(tmp_path / "full", tmp_path / "twin")
+    assert "verdict: twin and full hold the same predictions" in compare_them(tmp_path, "full", "twin").stdout
+
+
+def test_what_differs_is_told_in_either_order(tmp_path):
+    write_run(tmp_path / "logs", 1)
+    write_run(tmp_path / "other", 2, mixup=0.4)
+    assert "mixup was None, is 0.4" in compare_them(tmp_path, "logs", "other").stdout
+    assert "mixup was 0.4, is None" in compare_them(tmp_path, "other", "logs").stdout
+
+
+def test_minutes_are_those_of_the_folds_that_are_compared(tmp_path):
+    write_run(tmp_path / "logs", 1)
+    write_run(tmp_path / "quick", 2, folds=[0])
+    (tmp_path / "quick" / "folds.csv").unlink()
+    assert re.search(r"^minutes of training +2.5 +2.5$", compare_them(tmp_path, "logs", "quick").stdout, re.M)
+    (tmp_path / "logs" / "metrics" / "fold=0.csv").write_text("epoch,seconds\n0,abc\n")
+    assert re.search(r"^minutes of training +- +2.5$", compare_them(tmp_path, "logs", "quick").stdout, re.M)
+
+
+@pytest.mark.parametrize("sizes, spreads", [((2, 5), (0.6, 0.05)), ((1, 3), (0.2, 0.2))])
+def test_other_numbers_of_seeds_are_no_licence(sizes, spreads):
+    """Welch's degrees of freedom; a side of one run is given few. 500 experiments without a difference."""
+    said = 0
+    for number in range(500):
+        rng = np.random.default_rng(number)
+        labels, misleading = draw_photos(rng, 120)
+        variants = [
+            [simulate(rng, labels, misleading, 2 + spread * rng.standard_normal()) for _ in range(size)]
+            for size, spread in zip(sizes, spreads, strict=True)
+        ]
+        said += bool(compare(labels, variants, CLASSES, n_resamples=100, names=["mean AUC"])["mean AUC"])
+    assert said / 500 <= 0.08  # 0.06, and what chance leaves in 500
 
 
 def test_a_log_directory_of_which_only_the_tables_were_kept_can_be_compared(tmp_path):

@@ -78,7 +78,7 @@ FIT_EDITS = {  # how fit_photo is edited: the file, the old text and the new one
         "photo, (image_size[1], image_size[0]), i",
         "sharpen(photo), (image_size[1], image_size[0]), i",
     ),
-    "decoding": ("harness/photos.py", "    return photo\n", "    return cv2.GaussianBlur(photo, (5, 5), 0)\n"),
+    "decoding": ("harness/photos.py", "(content) else photo\n", "(content) else cv2.blur(photo, (5, 5))\n"),
 }
 LOAD = """
 import sys

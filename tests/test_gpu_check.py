@@ -63,9 +63,32 @@ def test_the_estimate_counts_every_photo():
     assert estimate_hours(0.05, 0.01, (240, 384)) == pytest.approx(4 * expected / 3600)
 
 
+def test_lower_precision_would_be_noticed(monkeypatch):
+    """bf16 in place of float32 moves these small logits by 0.0002 only, but by far more than their spread allows."""
+    draw = gpu_check.draw_network
+
+    def careless(device):
+        network = draw("cpu")
+        if device == CPU:  # the second of the two
+            plain = network.forward
+            network.forward = lambda images: torch.autocast("cpu", torch.bfloat16)(plain)(images)
+        return network
+
+    monkeypatch.setattr(gpu_check, "draw_network", careless)
+    table = Table()
+    check_agreement(table, CPU)
+    assert set(results(table).values()) == {"failed"}
+
+
+def test_a_training_that_was_not_killed_is_no_proof(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "KILLED", "import sys; print('done already')")
+    with pytest.raises(RuntimeError, match="status 0"):
+        gpu_check.check_resume(Table(), tmp_path, CPU)
+
+
 @pytest.mark.slow
 def test_on_a_machine_without_a_gpu_it_runs_on_the_cpu_and_says_so(tmp_path, monkeypatch):
-    done = run_script("tools.gpu_check", "--quick", "--num_workers", 0, cwd=tmp_path)
+    done = run_script("tools.gpu_check", "--quick", "--num_workers", 0, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert "CPU: there is no GPU, so this shows only that the checks work" in done.stdout
     record = json.loads((tmp_path / "gpu_check.json").read_text())
     rows = {row["check"]: row for row in record["checks"]}

@@ -114,7 +114,13 @@ def test_what_is_packed_is_what_the_steps_run(tmp_path, monkeypatch):
 
 
 def test_only_packages_that_are_missing_or_of_a_wrong_version_are_installed(tmp_path, monkeypatch):
-    installed = {"torch": "2.10.0+cu126", "numpy": "2.0.2", "opencv-python-headless": "5.0.0.1", "tqdm": "4.67"}
+    installed = {
+        "torch": "2.10.0+cu126",
+        "numpy": "2.0.2",
+        "opencv-python-headless": "5.0.0.1",
+        "tqdm": "4.67",
+        "six": "1.16",
+    }
 
     def version(name):
         if name not in installed:
@@ -126,7 +132,8 @@ def test_only_packages_that_are_missing_or_of_a_wrong_version_are_installed(tmp_
     monkeypatch.setattr(session, "REPO", tmp_path)
     monkeypatch.setattr(session, "INPUT", tmp_path / "input")
     monkeypatch.setattr(session, "run", commands.append)
-    wanted = "torch>=2.6   # a comment\nnumpy>=2.0,<3\nopencv-python-headless>=4.11,<5\npretrainedmodels==0.7.4\ntqdm\n"
+    wanted = ["matplotlib>=3.9", "cleanlab", "torch>=2.6   # a comment", "numpy>=2.0,<3", "six == 1.16.0", "tqdm"]
+    wanted = "\n".join([*wanted, "opencv-python-headless>=4.11,<5", "pretrainedmodels==0.7.4"])
     (tmp_path / "requirements.txt").write_text(wanted)
     session.install()
     assert commands[0][-2:] == ["opencv-python-headless>=4.11,<5", "pretrainedmodels==0.7.4"]

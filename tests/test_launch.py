@@ -16,6 +16,7 @@ from conftest import QUICK as ONE_EPOCH
 from conftest import REPO, run_script, start_script, wait_until
 
 from dataset import load_photo
+from harness.console import InputError
 from harness.launch import is_one_of_several_processes
 from harness.prediction import load_network
 from models import LeafNet
@@ -326,6 +327,9 @@ def test_the_shell_of_an_allocation_is_no_step_of_srun(monkeypatch, step):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert not is_one_of_several_processes()
     monkeypatch.setenv("SLURM_STEP_ID", "0")
+    with pytest.raises(InputError, match="give --ntasks-per-node in place of --ntasks"):
+        is_one_of_several_processes()
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
     assert is_one_of_several_processes()
 
 

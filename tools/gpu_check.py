@@ -26,7 +26,7 @@ from pytorch_lightning.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from dataset import EpochSampler, LeafDataset, make_loader, train_augmentation
-from harness.command_line import HelpFormatter, file_or_folder, parse_args
+from harness.command_line import HelpFormatter, file_or_folder, not_negative, parse_args
 from harness.console import InputError, quiet_libraries
 from harness.devices import choose_device, compute_exactly, describe_environment, out_of_memory
 from harness.files import atomic_write
@@ -35,7 +35,7 @@ from models import LeafModule, LeafNet
 REPO = Path(__file__).parent.parent
 SIZE, SMALL_SIZE = (480, 768), (64, 96)  # of the photos: on a GPU, on a CPU
 BATCHES = (8, 16, 32)
-TOLERANCE = 2e-3  # of float32 logits between two devices
+TOLERANCE = 1e-3  # of float32 logits between two devices, in standard deviations over photos: TF32 would not pass
 PHOTOS = {"train": 1821, "test": 1821, "epochs": 70, "folds": 5, "draws": 8}
 
 
@@ -73,12 +73,13 @@ def draw_network(device):
 
 def check_agreement(table, device):
     """Float32 predictions of the CPU and of the device."""
-    images, _ = draw_batch("cpu", 4, SMALL_SIZE)
+    images, _ = draw_batch("cpu", 16, SMALL_SIZE)
     with torch.inference_mode():
         expected = draw_network("cpu").eval()(images)
         found = draw_network(device).eval()(images.to(device)).cpu()
-    apart = (expected - found).abs().max().item()
-    table.expect("float32 logits as on the CPU", apart < TOLERANCE, apart, about=f"less than {TOLERANCE}")
+    apart = ((expected - found).abs() / expected.std(0)).max().item()
+    about = f"in standard deviations over photos, less than {TOLERANCE}"
+    table.expect("float32 logits as on the CPU", apart < TOLERANCE, apart, about=about)
 
 
 def check_accumulation(table, device):
@@ -121,7 +122,7 @@ def fp16_plugin(device):
     return MixedPrecision("16-mixed", device.type, torch.amp.GradScaler(device.type, init_scale=2.0**10))
 
 
-def check_fp16(table, device, size, steps=12):
+def check_fp16(table, device, size, steps):
     """Training in fp16 with the loss scaler: the loss falls, and no gradient reaches the optimizer longer than 1."""
     images, labels = draw_batch("cpu", 8, size)
     batch = {"image": images, "label": labels, "row": torch.arange(8)}
@@ -162,7 +163,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def run_train(folder, log_dir, *options, die_before=99):
-    """train.py on the rendered sample, by the device's default precision; returns its seconds."""
+    """train.py on the rendered sample, by the device's default precision; returns its seconds and its output.
+
+    die_before: an epoch that it does not live to see. Raises RuntimeError if it ends in another way than expected.
+    """
     words = ["--data_dir", "sample", "--weights", "none", "--image_size", *SMALL_SIZE, "--train_batch_size", 8]
     words += ["--max_epochs", 3, "--folds", 0, "--log_dir", log_dir, *options]
     started = time.perf_counter()
@@ -172,17 +176,21 @@ def run_train(folder, log_dir, *options, die_before=99):
         env={**os.environ, "PYTHONPATH": str(REPO)},
         capture_output=True,
         text=True,
+        timeout=120,
     )
-    if done.returncode not in (0, 9):
-        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr else f"status {done.returncode}")
-    return time.perf_counter() - started
+    if done.returncode != (9 if die_before < 99 else 0):
+        raise RuntimeError(f"status {done.returncode}: {''.join(done.stderr.strip().splitlines()[-1:])}")
+    return time.perf_counter() - started, done.stdout
 
 
-def check_resume(table, folder):
+def check_resume(table, folder, device):
     """A training that was killed before its third epoch goes on to the numbers of one that was not."""
-    run_train(folder, "whole")
-    run_train(folder, "killed", die_before=2)
-    run_train(folder, "killed")
+    where = ["--gpus", device.index] if device.type == "cuda" else ["--cpu_processes", 1]
+    run_train(folder, "whole", *where)
+    run_train(folder, "killed", *where, die_before=2)
+    _, said = run_train(folder, "killed", *where)
+    if "going on after epoch 1" not in said:
+        raise RuntimeError("it did not go on from where it was killed")
     whole, killed = (
         pd.read_csv(folder / name / "metrics" / "fold=0.csv").drop(columns="seconds") for name in ("whole", "killed")
     )
@@ -191,13 +199,14 @@ def check_resume(table, folder):
     table.expect("killed and continued: the same metrics", len(killed) == 3 and apart < 1e-2, apart, about=about)
 
 
-def check_several(table, folder, n_gpus):
+def check_several(table, folder, gpus):
     """A fold on two GPUs, and two folds on one each."""
-    if n_gpus < 2:
+    if len(gpus) < 2:
         table.add("a fold on two GPUs (DDP); a fold each", "left out", about="there are not two GPUs")
         return
-    table.add("a fold on two GPUs (DDP)", "ok", run_train(folder, "ddp", "--gpus", 0, 1), "s")
-    seconds = run_train(folder, "parallel", "--gpus", 0, 1, "--folds", 0, 1, "--parallel_folds")
+    seconds, _ = run_train(folder, "ddp", "--gpus", *gpus[:2])
+    table.add("a fold on two GPUs (DDP)", "ok", seconds, "s")
+    seconds, _ = run_train(folder, "parallel", "--gpus", *gpus[:2], "--folds", 0, 1, "--parallel_folds")
     table.add("two folds, one on each GPU", "ok", seconds, "s")
 
 
@@ -250,8 +259,8 @@ def time_steps(step, device):
 
 
 def measure_memory(table, device, size, precision):
-    """Peak memory of a step for several batches; returns the largest batch that fits, or the smallest."""
-    fitting = BATCHES[0]
+    """Peak memory of a step for several batches; returns the largest that fits. Raises RuntimeError if none does."""
+    fitting = BATCHES[0] if device.type == "cpu" else None
     for batch in BATCHES:
         check = f"memory at {size[0]}x{size[1]}, batch {batch}"
         if device.type == "cpu":
@@ -271,6 +280,8 @@ def measure_memory(table, device, size, precision):
         fitting = batch
         table.add(check, "figure", torch.cuda.max_memory_reserved(device) / 2**30, "GiB")
         del step
+    if fitting is None:
+        raise RuntimeError(f"not even a batch of {BATCHES[0]} fits: how fast it is cannot be told")
     return fitting
 
 
@@ -290,8 +301,8 @@ def measure_ratios(table, device, size, batch, precision):
     try:
         compiled = time_steps(make_step(device, size, batch, precision, compiled=True), device)
         table.add("  torch.compile, against not", "figure", usual / compiled, "x", "off in train.py")
-    except Exception as error:  # whatever a compiler says: it is told, and the check goes on
-        table.add("  torch.compile, against not", "failed", about=str(error).strip().splitlines()[0][:80])
+    except Exception as error:  # whatever a compiler says: train.py does without it
+        table.add("  torch.compile, against not", "left out", about=" ".join(str(error).split())[:80])
     return usual
 
 
@@ -308,14 +319,15 @@ class Noise:
 def measure_loader(table, device, size, batch, precision, usual, workers):
     """Steps on batches from the loader, against the same on data that is on the device already."""
     n_steps = 40 if device.type == "cuda" else 4
-    n = (n_steps + 8) * batch
+    first = 2 * workers + 4
+    n = (n_steps + first) * batch
     dataset = LeafDataset(
         Noise(size), [f"Train_{i}" for i in range(n)], np.eye(4)[np.arange(n) % 4], train_augmentation()
     )
     loader = make_loader(dataset, EpochSampler(np.arange(n), batch, 0, 0), batch, workers, device.type == "cuda")
     step, on_gpu = make_step(device, size, batch, precision), []
     for number, data in enumerate(loader):
-        if number == 8:  # the first ones are waited for, whatever the rate
+        if number == first:  # what the loader had ready while the first step warmed up is not its rate
             synchronise(device)
             started = time.perf_counter()
         images, labels = (data[name].to(device, non_blocking=True) for name in ("image", "label"))
@@ -332,12 +344,12 @@ def measure_loader(table, device, size, batch, precision, usual, workers):
     about = f"{workers} workers; goal: at least 0.9"
     table.add("steps fed by the loader, against data on the device", "figure", rate, "x", about)
     if on_gpu:
-        busy = sum(first.elapsed_time(last) for first, last in on_gpu[8:]) / 1000 / n_steps
+        busy = sum(first.elapsed_time(last) for first, last in on_gpu[first:]) / 1000 / n_steps
         table.add("share of the time in which the GPU computes", "figure", min(1, busy / seconds), "x")
     return seconds
 
 
-def measure_prediction(device, size, batch):
+def measure_prediction(table, device, size, batch):
     """Seconds to predict a photo in float32, as steps 2 and 4 do."""
     network, (images, _) = draw_network(device).eval(), draw_batch(device, batch, size)
 
@@ -345,7 +357,9 @@ def measure_prediction(device, size, batch):
         with torch.inference_mode():
             network(images).softmax(1)
 
-    return time_steps(predict, device) / batch
+    seconds = time_steps(predict, device) / batch
+    table.add("prediction in float32", "figure", 1 / seconds, "photos/s")
+    return seconds
 
 
 def estimate_hours(train, predict, size):
@@ -371,9 +385,17 @@ def main(args):
     )
     table, started = Table(), time.perf_counter()
     print(f"{name}; torch {torch.__version__}, {args.num_workers} workers", flush=True)
-    check_agreement(table, device)
-    check_accumulation(table, device)
-    check_fp16(table, device, SMALL_SIZE)
+
+    def attempt(title, check, *arguments):
+        """The result of a check, or None, with a row that says so, if it ends in an error: the others still count."""
+        try:
+            return check(table, *arguments)
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            table.add(title, "failed", about=" ".join(str(error).split())[:200])
+
+    attempt("float32 logits as on the CPU", check_agreement, device)
+    attempt("the gradient of two parts is that of the whole", check_accumulation, device)
+    attempt("fp16 with the loss scaler", check_fp16, device, SMALL_SIZE, 12 if on_gpu else 3)
     with tempfile.TemporaryDirectory() as folder:
         if args.quick:
             table.add("killed and continued", "left out", about="--quick")
@@ -391,13 +413,15 @@ def main(args):
             subprocess.run(
                 [sys.executable, *words, "--photo_size", "96", "144"], cwd=REPO, check=True, capture_output=True
             )
-            check_resume(table, Path(folder))
-            check_several(table, Path(folder), len(indices) if on_gpu else 0)
-    batch = measure_memory(table, device, size, precision)
-    usual = measure_ratios(table, device, size, batch, precision)
-    fed = measure_loader(table, device, size, batch, precision, usual, args.num_workers)
-    hours = estimate_hours(fed / batch, measure_prediction(device, size, batch), size)
-    table.add("all five steps at 480x768 on this device, computed", "figure", hours, "hours")
+            attempt("killed and continued: the same metrics", check_resume, Path(folder), device)
+            attempt("several GPUs", check_several, Path(folder), indices if on_gpu else [])
+    batch = attempt("memory", measure_memory, device, size, precision)
+    usual = batch and attempt("training step", measure_ratios, device, size, batch, precision)
+    fed = usual and attempt("loader", measure_loader, device, size, batch, precision, usual, args.num_workers)
+    predicting = fed and attempt("prediction", measure_prediction, device, size, batch)
+    if predicting:
+        hours = estimate_hours(fed / batch, predicting, size)
+        table.add("all five steps at 480x768 on this device, computed", "figure", hours, "hours")
     failed = [row["check"] for row in table.rows if row["result"] == "failed"]
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes; {len(failed)} checks failed")
     record = {"device": name, "environment": describe_environment(), "size": size, "batch": batch, "checks": table.rows}
@@ -410,7 +434,9 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     group = parser.add_argument_group("how")
-    group.add_argument("--num_workers", type=int, default=min(8, cpu_count()), help="processes that load photos")
+    group.add_argument(
+        "--num_workers", type=not_negative, default=min(8, cpu_count()), help="processes that load photos"
+    )
     group.add_argument("--quick", action="store_true", help="without the check that trains in processes of its own")
     group.add_argument(
         "--out", type=file_or_folder, default="gpu_check.json", metavar="JSON", help="where the figures go"

@@ -14,6 +14,7 @@ import argparse
 import base64
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -65,6 +66,12 @@ def describe_kernel(name, session):
     }
 
 
+def kaggle_name(text):
+    if not re.fullmatch(r"[a-z0-9-]+", text):
+        raise argparse.ArgumentTypeError(f"{text} is no name at Kaggle: lower case letters, digits and - only")
+    return text
+
+
 def main(args):
     folder = Path(args.out)
     write_script(folder / "run.py", args.options, args.session, args.hours)
@@ -79,10 +86,10 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("name", help="your name at Kaggle, as in the address of your profile")
+    parser.add_argument("name", type=kaggle_name, help="your name at Kaggle, as in the address of your profile")
     group = parser.add_argument_group("the session")
     group.add_argument("--session", type=positive, default=1, metavar="N", help="the N-th, after N - 1 were cut short")
     group.add_argument("--options", default=OPTIONS, help="of train.py, in one word")
-    group.add_argument("--hours", type=positive_number, default=11.75, help="after so many hours what is done is kept")
+    group.add_argument("--hours", type=positive_number, default=11.5, help="after so many hours what is done is kept")
     group.add_argument("--out", type=file_or_folder, default="kaggle_push", metavar="FOLDER", help="where it is packed")
     main(parse_args(parser))

@@ -25,7 +25,13 @@ PACKED = {}  # tools.kaggle puts here: the repository, the options of train.py, 
 ROOT = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))
 INPUT, WORKING, REPO = ROOT / "input", ROOT / "working", ROOT / "temp" / "repository"
 LOG_DIRS = ("logs", "logs_submit_distill")
-BUILDS = ("opencv-python-headless", "opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless")
+ANALYSIS = ("matplotlib", "Jinja2", "grad-cam", "cleanlab", "ImageHash")  # what the five steps do without
+BUILDS = (  # of OpenCV: one is enough, two break each other
+    "opencv-python-headless",
+    "opencv-python",
+    "opencv-contrib-python",
+    "opencv-contrib-python-headless",
+)
 
 
 def end(message):
@@ -43,8 +49,8 @@ def install():
     """Install the packages of requirements.txt that are missing here, or too old or new, and no others."""
     needed = []
     for line in (REPO / "requirements.txt").read_text().splitlines():
-        requirement = line.split("#")[0].strip()
-        if requirement and not is_there(requirement):
+        requirement = line.split("#")[0].replace(" ", "")
+        if requirement and not re.match("|".join(ANALYSIS), requirement) and not is_there(requirement):
             needed.append(requirement)
     if needed:
         wheels = sorted({str(path.parent) for path in INPUT.rglob("*.whl")})
@@ -62,6 +68,8 @@ def is_there(requirement):
     for limit in filter(None, limits.split(",")):
         operator, wanted = re.fullmatch(r"(==|>=|<)(.*)", limit).groups()
         wanted = numbers(wanted)
+        length = max(len(found), len(wanted))
+        found, wanted = (parts + (0,) * (length - len(parts)) for parts in (found, wanted))
         if not {"==": found == wanted, ">=": found >= wanted, "<": found < wanted}[operator]:
             return False
     return True
@@ -90,7 +98,10 @@ def find_data():
 
 def take_over():
     """Copy what an earlier session has left, attached as an input, which is read-only, to ROOT/working."""
-    kept = sorted(path.parent for path in INPUT.rglob("hparams.yaml") if path.parent.name in LOG_DIRS)
+    found = [path.parent for path in INPUT.rglob("hparams.yaml") if path.parent.name in LOG_DIRS]
+    kept = sorted(
+        found, key=lambda folder: [int(n) for n in re.findall(r"\d+", str(folder))], reverse=True
+    )  # last first
     for folder in kept:
         if not (WORKING / folder.name).exists():
             print(f"going on from {folder}", flush=True)
@@ -112,7 +123,10 @@ def run(command):
     while process.poll() is None:
         if time.monotonic() > STARTED + PACKED["hours"] * 3600:
             os.kill(process.pid, signal.SIGTERM)
-            process.wait()
+            try:
+                process.wait(120)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # what it has written is whole
             print(
                 "The session is nearly over; what is done is kept. Send the next one, which goes on from this output: "
                 f"python -m tools.kaggle NAME --session {PACKED['session'] + 1}",
