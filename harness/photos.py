@@ -33,7 +33,7 @@ from harness.formats import (
 from harness.sources import definition_of
 
 LARGEST = 2**30  # bytes of a file
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # we say ourselves what is wrong with a photo
+cv2.setLogLevel(0)  # silent: we say ourselves what is wrong with a photo
 
 # libjpeg's words, in simplejpeg's errors, for data that is lost or a decoder gone astray
 JPEG_DAMAGE = re.compile(
