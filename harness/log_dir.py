@@ -221,8 +221,8 @@ def finish_fold(log_dir, n_folds, fold, best, last, checkpoint, out_of_fold):
 
 def read_own_csv(path, columns=()):
     """Read a CSV file that train.py wrote. Raises InputError if it is damaged, lacks one of `columns` or is unreadable."""
-    try:
-        frame = pd.read_csv(path, dtype={"image_id": str}, keep_default_na=False)  # NA may be an id
+    try:  # NA may be an id; and pandas before 3 reads numbers to the last digit only if told to
+        frame = pd.read_csv(path, dtype={"image_id": str}, keep_default_na=False, float_precision="round_trip")
         missing = [name for name in columns if name not in frame]
         if missing or frame.empty:
             raise ValueError(f"it lacks the column {missing[0]}" if missing else "it has no rows")

@@ -33,7 +33,8 @@ from harness.formats import (
 from harness.sources import definition_of
 
 LARGEST = 2**30  # bytes of a file
-cv2.setLogLevel(0)  # silent: we say ourselves what is wrong with a photo
+# OpenCV is to be silent: we say ourselves what is wrong with a photo; the function has moved since 4.11
+(getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel)(0)
 
 # libjpeg's words, in simplejpeg's errors, for data that is lost or a decoder gone astray
 JPEG_DAMAGE = re.compile(

@@ -113,7 +113,8 @@ def compile_network(network, example):
     try:
         compiled(example)
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = next(line for line in str(error).splitlines() if line.strip())
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = next((line for line in lines if line and not line.endswith("raised:")), type(error).__name__)
         say(f"note: predicting without torch.compile, more slowly, as it fails here: {reason}")
         return network
     return compiled
