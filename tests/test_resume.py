@@ -283,7 +283,7 @@ def test_a_disk_that_fills_up_costs_what_was_kept_not_the_prediction(trained, tm
     shutil.copytree(trained, tmp_path / "run")
     options = ["--folds", 0, "--num_workers", 0, "--cache_dir", tmp_path / "cache"]
     run_script("generate_soft_labels.py", *options, cwd=tmp_path / "run")
-    csv, limit = (tmp_path / "run" / "submission.csv").read_bytes(), 8000  # what it prints must find room, too
+    csv, limit = (tmp_path / "run" / "submission.csv").read_bytes(), 5000  # what it prints must find room, too
     kept = [path.stat().st_size for path in (tmp_path / "run" / "logs" / "predictions").glob("*.npz")]
     assert len(kept) == 2 and min(kept) > limit > 2 * len(csv)
     shutil.rmtree(tmp_path / "run" / "logs" / "predictions")
