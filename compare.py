@@ -147,7 +147,7 @@ def verdict(variants, found):
     return text
 
 
-def compare_variants(labels, variants, flattered):
+def compare_variants(labels, variants):
     """Print how the second of two variants, lists of TrainedRun, differs from the first; returns the rows of --csv."""
     first, second = map(name_of, variants)
     print(f"\n{second} against {first}")
@@ -160,7 +160,7 @@ def compare_variants(labels, variants, flattered):
     print_by_fold(labels, variants)
     print_moves(labels, variants)
     for run in [run for runs in variants for run in runs]:
-        if why := flattered.get(run.name):
+        if why := run.why_flattered():
             print(f"note: the figures of {run.name} are too good: {why}")
     says = verdict(variants, differences["mean AUC"])
     print(f"verdict: {says}")
@@ -200,14 +200,13 @@ def compare_trainings(paths, against):
     table = tabulate(runs, labels)
     rows = [["", *table.columns]] + [[name, *(show(of, name) for of in row)] for name, row in table.iterrows()]
     print_table(rows)
-    flattered = {run.name: run.why_flattered() for run in runs}
     written = [
         {"runs": name, "photos": len(labels), "figure": figure, "value": value}
         for name, column in table.items()
         for figure, value in column.items()
     ]
     for group in groups[1:]:
-        written += compare_variants(labels, [groups[0], group], flattered)
+        written += compare_variants(labels, [groups[0], group])
     return pd.DataFrame(written)
 
 

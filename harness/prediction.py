@@ -213,14 +213,15 @@ def predict(networks, dataset, keys, args, title, kept=None):
                     written = time.monotonic()
         probabilities = so_far()
     except (RuntimeError, MemoryError) as error:
-        if out_of_memory(error) is None:
+        which = out_of_memory(error)
+        if which is None:
             raise
         smaller = f"type a smaller --val_batch_size than {args.val_batch_size}"
         what_else = (
             smaller if args.val_batch_size > 1 else "nothing but more memory, or a training on smaller photos, helps"
         )
         reason = str(error).splitlines()[0] if str(error) else "MemoryError"
-        raise InputError(f"{out_of_memory(error)} is too small ({reason}); {what_else}") from error
+        raise InputError(f"{which} is too small ({reason}); {what_else}") from error
     finally:  # also if it is interrupted
         if kept and parts:
             kept.write(so_far())

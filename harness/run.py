@@ -143,7 +143,9 @@ class Run:
             check_sources(args.log_dir, training_sources())
         elif self.one_of_several:
             wait_for_all = launch.join_processes(self.device, self.indices, args.num_nodes)
-        fingerprints, sources = self._fingerprint_inputs(weights), training_sources()
+        # The children of --parallel_folds neither record nor compare: gigabytes of photos that they need not read.
+        fingerprints = self._fingerprint_inputs(weights) if self.is_writer or self.n_devices > 1 else {}
+        sources = training_sources()
         # Then lock, compare and record, in this order: what is compared must not change before it is recorded. One
         # process does it for all; those that a process has launched are covered by its locks.
         if self.is_writer:

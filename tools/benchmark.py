@@ -100,6 +100,16 @@ def bench_loader(dataset, n, workers, batch_size=32):
     return seen / (time.perf_counter() - started)
 
 
+def optimise(loss, network, optimizer, scaler):
+    """What Lightning does with the loss of a step in train.py: gradients, unscaled, clipped at 1, and Adam."""
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+
+
 def make_step(network, size, batch, device, precision, plain):
     """A function that takes one training step as train.py does, or as plain float32 code would."""
     module = LeafModule(network.train(), "cosine", 1e-3, 0).to(device)
@@ -117,12 +127,7 @@ def make_step(network, size, batch, device, precision, plain):
         inputs = network.normalise(images)
         with autocast(device.type, "32" if plain else precision):
             loss = module.loss(network.logits(inputs.contiguous() if plain else inputs), labels)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
+        optimise(loss, network, optimizer, scaler)
 
     return step
 

@@ -31,6 +31,7 @@ from harness.console import InputError, quiet_libraries
 from harness.devices import choose_device, compute_exactly, describe_environment, out_of_memory
 from harness.files import atomic_write
 from models import LeafModule, LeafNet
+from tools.benchmark import optimise
 
 REPO = Path(__file__).parent.parent
 SIZE, SMALL_SIZE = (480, 768), (64, 96)  # of the photos: on a GPU, on a CPU
@@ -232,12 +233,7 @@ def make_step(device, size, batch, precision, channels_last=True, compiled=False
     def step(images=of_default[0], labels=of_default[1]):
         with torch.autocast(device.type, precision):
             loss = module.loss(run(images), labels)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
+        optimise(loss, network, optimizer, scaler)
 
     return step
 
@@ -291,13 +287,12 @@ def measure_ratios(table, device, size, batch, precision):
     table.add(f"training step, {size[0]}x{size[1]}, batch {batch}", "figure", batch / usual, "photos/s")
     plain = time_steps(make_step(device, size, batch, precision, channels_last=False), device)
     table.add("  channels last, against not", "figure", plain / usual, "x", "on in train.py")
-    if device.type == "cuda":
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
-        free = time_steps(make_step(device, size, batch, precision), device)
-        compute_exactly("16")
-        table.add("  cudnn.benchmark, not deterministic, against off", "figure", usual / free, "x", "off in train.py")
-    else:
+    if device.type == "cpu":  # which has no cuDNN, and takes minutes to compile
         return usual
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
+    free = time_steps(make_step(device, size, batch, precision), device)
+    compute_exactly("16")
+    table.add("  cudnn.benchmark, not deterministic, against off", "figure", usual / free, "x", "off in train.py")
     try:
         compiled = time_steps(make_step(device, size, batch, precision, compiled=True), device)
         table.add("  torch.compile, against not", "figure", usual / compiled, "x", "off in train.py")
