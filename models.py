@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR
 
 from harness.backbones import compute_maps, count_feature_maps, make_backbone, own_normalisation
 from harness.console import InputError
-from harness.devices import gather, unscale_gradients
+from harness.devices import gather
 from utils import CLASSES, derive_seed, mean_auc
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -90,10 +90,9 @@ class LeafModule(pl.LightningModule):
         schedule = SCHEDULES[self.lr_schedule](optimizer, self.learning_rate, self.trainer.max_epochs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
 
-    # Lightning's own clipping refuses a fused optimizer, which would take the loss scaler's factor out after it.
+    # Lightning's own clipping refuses a fused optimizer, for a loss scaler's sake; harness/callbacks.py takes care of that.
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         if gradient_clip_val:
-            unscale_gradients(self.trainer, optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def on_train_epoch_start(self):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch.utils.tensorboard import SummaryWriter
 
@@ -30,6 +31,23 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     def remove_checkpoint(self, path):
         remove(path)
+
+
+class UnscaleFirst(MixedPrecision):
+    """fp16 with a loss scaler whose factor is out of the gradients before anything looks at them, clipping included.
+
+    Lightning leaves it in for a fused optimizer, which takes it out in its step. torch's scaler does not do it twice.
+    """
+
+    def optimizer_step(self, optimizer, model, closure, **options):
+        def unscaled():
+            loss = closure()
+            skipped = loss is None and model.automatic_optimization  # by a training_step that returned nothing
+            if getattr(optimizer, "_step_supports_amp_scaling", False) and not skipped:
+                self.scaler.unscale_(optimizer)
+            return loss
+
+        return super().optimizer_step(optimizer, model, unscaled, **options)
 
 
 class EpochLog(pl.Callback):
@@ -178,8 +196,9 @@ class ResumePoint(pl.Callback):
         module.load_state_dict(self.state["state_dict"])
         optimizer = trainer.optimizers[0]
         optimizer.load_state_dict(self.state["optimizer"])
-        for group in optimizer.param_groups:
-            group["fused"] = optimizer.defaults["fused"]  # what this device wants, not the one before
+        if "fused" in optimizer.defaults:
+            for group in optimizer.param_groups:
+                group["fused"] = optimizer.defaults["fused"]  # what this device wants, not the one before
         trainer.lr_scheduler_configs[0].scheduler.load_state_dict(self.state["schedule"])
         if self.state["scaler"]:
             trainer.precision_plugin.load_state_dict(self.state["scaler"])

@@ -109,16 +109,6 @@ def autocast(device, precision):
     return torch.autocast(device, dtype, enabled=precision != "32")
 
 
-def unscale_gradients(trainer, optimizer):
-    """Divide the gradients by the factor of fp16's loss scaler, if there is one and Lightning has left that to the optimizer.
-
-    It leaves it to a fused one, whose step comes after the clipping. Then torch's scaler does not divide once more.
-    """
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-        scaler.unscale_(optimizer)
-
-
 def gather(parts):
     """Join what the batches of all processes gave: list of tuples of tensors, row numbers first → arrays sorted by row."""
     gathered = [[tuple(value.cpu() for value in part) for part in parts]]

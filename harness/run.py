@@ -19,6 +19,7 @@ from harness.callbacks import (
     ResumePoint,
     SameInAllProcesses,
     StopIfNotFinite,
+    UnscaleFirst,
     WholeCheckpoints,
 )
 from harness.console import InputError, how_to_go_on, is_first_process, quiet_libraries, say, stop_cleanly
@@ -277,10 +278,11 @@ class Run:
             "devices": self.indices if self.device == "cuda" else len(self.indices),
             "num_nodes": args.num_nodes,
             "strategy": "ddp" if self.one_of_several else "auto",
-            "precision": {"16": "16-mixed", "32": "32-true", "bf16": "bf16-mixed"}[args.precision],
+            "precision": {"16": None, "32": "32-true", "bf16": "bf16-mixed"}[args.precision],
             "callbacks": callbacks,
             "enable_progress_bar": bar,
-            "plugins": [WholeCheckpoints(), launch.cluster_environment()],
+            "plugins": [WholeCheckpoints(), launch.cluster_environment()]
+            + ([UnscaleFirst("16-mixed", self.device)] if args.precision == "16" else []),
             "default_root_dir": result_path(args.log_dir, fold).parent,  # where Lightning would look for its own files
         }
 

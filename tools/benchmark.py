@@ -114,9 +114,8 @@ def make_step(network, size, batch, device, precision, plain):
     """A function that takes one training step as train.py does, or as plain float32 code would."""
     module = LeafModule(network.train(), "cosine", 1e-3, 0).to(device)
     quiet_libraries()
-    precision_of = {"16": "16-mixed", "32": "32-true", "bf16": "bf16-mixed"}[precision]
-    # the schedule asks it for the number of epochs, the optimizer for the precision
-    module.trainer = pl.Trainer(max_epochs=1, precision=precision_of, logger=False, enable_checkpointing=False)
+    # the schedule asks it for the number of epochs
+    module.trainer = pl.Trainer(max_epochs=1, logger=False, enable_checkpointing=False)
     network = network.to(memory_format=torch.contiguous_format if plain else torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), 1e-3) if plain else module.configure_optimizers()["optimizer"]
     images = torch.randint(0, 256, (batch, *size, 3), dtype=torch.uint8, device=device)

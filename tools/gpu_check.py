@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,21 +23,29 @@ import pandas as pd
 import torch
 from joblib import cpu_count
 from pytorch_lightning import Trainer
-from pytorch_lightning.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from dataset import EpochSampler, LeafDataset, make_loader, train_augmentation
+from harness.callbacks import UnscaleFirst
 from harness.command_line import HelpFormatter, file_or_folder, not_negative, parse_args
 from harness.console import InputError, quiet_libraries
-from harness.devices import choose_device, compute_exactly, describe_environment, out_of_memory
+from harness.devices import (
+    check_shared_memory,
+    choose_device,
+    compute_exactly,
+    describe_environment,
+    out_of_memory,
+)
 from harness.files import atomic_write
+from harness.prediction import fold_batch_norm
 from models import LeafModule, LeafNet
 from tools.benchmark import optimise
 
 REPO = Path(__file__).parent.parent
 SIZE, SMALL_SIZE = (480, 768), (64, 96)  # of the photos: on a GPU, on a CPU
 BATCHES = (8, 16, 32)
-TOLERANCE = 1e-3  # of float32 logits between two devices, in standard deviations over photos: TF32 would not pass
+BACKBONE = "se_resnext50_32x4d"  # of the training that is killed
+TOLERANCE = 1e-3  # of float32 logits between two devices, in standard deviations over photos: bf16 would not pass
 PHOTOS = {"train": 1821, "test": 1821, "epochs": 70, "folds": 5, "draws": 8}
 
 
@@ -87,68 +96,76 @@ def check_agreement(table, device):
     table.expect("float32 logits as on the CPU", apart < TOLERANCE, apart, about=about)
 
 
-def check_accumulation(table, device):
-    """The gradient of a batch, and of its two halves, added; batch norm in evaluation mode."""
-    images, labels = draw_batch(device, 8, SMALL_SIZE)
-    gradients = []
-    for parts in (1, 2):
-        network = draw_network(device).eval()
-        for some, of_some in zip(images.chunk(parts), labels.chunk(parts), strict=True):
-            (torch.nn.functional.cross_entropy(network(some), of_some) / parts).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
-    apart = ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
-    table.expect("the gradient of two parts is that of the whole", apart < 1e-3, apart, about="relative")
-
-
 class Watched(LeafModule):
-    """Keeps the losses, and of each step the norm of the gradients that the optimizer sees."""
+    """Keeps the losses; of the last step the gradients before clipping; under a loss scaler the norms that Adam sees."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.losses, self.norms = [], []
+        self.losses, self.norms, self.gradient = [], [], None
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
         self.losses.append(loss.detach())
         return loss
 
+    def on_before_optimizer_step(self, optimizer):
+        self.gradient = self._gradient()
+
     def configure_optimizers(self):
         configured = super().configure_optimizers()
-        configured["optimizer"].register_step_pre_hook(lambda optimizer, *_: self.norms.append(self._norm(optimizer)))
+        configured["optimizer"].register_step_pre_hook(lambda optimizer, *_: self._keep_norm(optimizer))
         return configured
 
-    def _norm(self, optimizer):
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        still_to_divide_by = getattr(optimizer, "grad_scale", None)  # what a fused step gets from the scaler
-        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-        return norm if still_to_divide_by is None else norm / still_to_divide_by
+    def _gradient(self):
+        return torch.cat([p.grad.flatten() for p in self.parameters() if p.grad is not None])
+
+    def _keep_norm(self, optimizer):
+        if self.gradient is not None:  # without a scaler the first gradients are computed within the step
+            left = getattr(optimizer, "grad_scale", None)  # what a fused step still has to divide by
+            self.norms.append(self._gradient().norm() / (1 if left is None else left))
 
 
-def fp16_plugin(device):
-    """Mixed precision with a loss scaler, which Lightning's flag alone gives on GPUs only."""
-    return MixedPrecision("16-mixed", device.type, torch.amp.GradScaler(device.type, init_scale=2.0**10))
+def fit(network, batches, device, **options):
+    """Train on these batches, dicts of tensors, as train.py does; returns the Watched. options: of pl.Trainer."""
+    module = Watched(network, "cosine", 1e-3, 0)
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=[device.index] if device.type == "cuda" else 1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    return module
+
+
+def check_accumulation(table, device):
+    """--accumulate_grad_batches 2 gives the gradient of the whole batch; batch norm in evaluation mode, float32."""
+    images, labels = draw_batch("cpu", 8, SMALL_SIZE)
+    gradients = []
+    for parts in (1, 2):
+        some = zip(images.chunk(parts), labels.chunk(parts), strict=True)
+        batches = [{"image": image, "label": label} for image, label in some]
+        network = draw_network("cpu").eval()  # which Lightning leaves as it is
+        gradients.append(fit(network, batches, device, accumulate_grad_batches=parts).gradient)
+    apart = ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
+    table.expect("the gradient of two parts is that of the whole", apart < 1e-3, apart, about="relative")
 
 
 def check_fp16(table, device, size, steps):
     """Training in fp16 with the loss scaler: the loss falls, and the longest gradient has a length of 1 in Adam's eyes.
 
-    At first it is longer, so that it is clipped; clipped before unscaling, it would be a thousandth of that.
+    At first it is longer, so that it is clipped; clipped before unscaling, it would be a thousandth of that or less.
     """
     images, labels = draw_batch("cpu", 8, size)
-    batch = {"image": images, "label": labels, "row": torch.arange(8)}
-    module = Watched(draw_network("cpu"), "cosine", 1e-3, 0)
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=[device.index] if device.type == "cuda" else 1,
-        plugins=[fp16_plugin(device)],
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, DataLoader([batch] * steps, batch_size=None))
+    on_cpu = device.type == "cpu"
+    # on a CPU torch's own first scale, 65,536, would leave out more steps than there are here
+    plugin = UnscaleFirst("16-mixed", device.type, torch.amp.GradScaler("cpu", init_scale=2.0**10) if on_cpu else None)
+    batches = [{"image": images, "label": labels}] * steps
+    module = fit(draw_network("cpu"), batches, device, plugins=[plugin], gradient_clip_val=1.0)
     losses, norms = (torch.stack(values).float().cpu() for values in (module.losses, module.norms))
     table.expect("fp16 with the loss scaler: the loss falls", losses[-1] < losses[0], losses[-1] / losses[0], "x")
     # a step whose gradients have overflowed is left out by the scaler, after this hook
@@ -178,7 +195,7 @@ def run_train(folder, log_dir, *options, die_before=99):
     die_before: an epoch that it does not live to see. Raises RuntimeError if it ends in another way than expected.
     """
     words = ["--data_dir", "sample", "--weights", "none", "--image_size", *SMALL_SIZE, "--train_batch_size", 8]
-    words += ["--max_epochs", 3, "--folds", 0, "--log_dir", log_dir, *options]
+    words += ["--backbone", BACKBONE, "--max_epochs", 3, "--folds", 0, "--log_dir", log_dir, *options]
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(die_before), str(REPO / "train.py"), *map(str, words)],
@@ -195,29 +212,39 @@ def run_train(folder, log_dir, *options, die_before=99):
 
 def check_resume(table, folder, device):
     """A training that was killed before its third epoch goes on to the numbers of one that was not."""
+    made = ["-m", "tools.generate_sample_data", "--out", folder / "sample", "--n_train", "41", "--n_test", "8"]
+    made = [sys.executable, *made, "--photo_size", "96", "144"]
+    done = subprocess.run(made, cwd=REPO, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the rendered photos: {''.join(done.stderr.strip().splitlines()[-1:])}")
     where = ["--gpus", device.index] if device.type == "cuda" else ["--cpu_processes", 1]
     run_train(folder, "whole", *where)
     run_train(folder, "killed", *where, die_before=2)
     _, said = run_train(folder, "killed", *where)
     if "going on after epoch 1" not in said:
         raise RuntimeError("it did not go on from where it was killed")
-    whole, killed = (
-        pd.read_csv(folder / name / "metrics" / "fold=0.csv").drop(columns="seconds") for name in ("whole", "killed")
-    )
+    whole, killed = (read_metrics(folder / name) for name in ("whole", "killed"))
     apart = np.abs(whole - killed).to_numpy().max()
-    about = "to the bit" if apart == 0 else "not to the bit: some of cuDNN's and the GPU's sums have no fixed order"
-    table.expect("killed and continued: the same metrics", len(killed) == 3 and apart < 1e-2, apart, about=about)
+    about = "to the bit" if apart == 0 else "not to the bit"
+    holds = apart == 0 or device.type == "cuda" and apart < 1e-2  # not every sum of a GPU has a fixed order
+    table.expect("killed and continued: the same metrics", len(killed) == 3 and holds, apart, about=about)
+
+
+def read_metrics(log_dir):
+    return pd.read_csv(log_dir / "metrics" / "fold=0.csv").drop(columns="seconds")
 
 
 def check_several(table, folder, gpus):
-    """A fold on two GPUs, and two folds on one each."""
+    """A fold on two GPUs runs; two folds on one each give what one GPU gives. After check_resume, in the same folder."""
     if len(gpus) < 2:
         table.add("a fold on two GPUs (DDP); a fold each", "left out", about="there are not two GPUs")
         return
     seconds, _ = run_train(folder, "ddp", "--gpus", *gpus[:2])
-    table.add("a fold on two GPUs (DDP)", "ok", seconds, "s")
-    seconds, _ = run_train(folder, "parallel", "--gpus", *gpus[:2], "--folds", 0, 1, "--parallel_folds")
-    table.add("two folds, one on each GPU", "ok", seconds, "s")
+    learned = read_metrics(folder / "ddp")["train_loss"]
+    table.expect("a fold on two GPUs (DDP): the loss falls", learned.iloc[-1] < learned.iloc[0], seconds, "s")
+    run_train(folder, "parallel", "--gpus", *gpus[:2], "--folds", 0, 1, "--parallel_folds")
+    apart = np.abs(read_metrics(folder / "whole") - read_metrics(folder / "parallel")).to_numpy().max()
+    table.expect("two folds, one on each GPU: the metrics of one GPU", apart < 1e-2, apart)
 
 
 # ---------------------------------------------------------------------------------------------- how fast?
@@ -241,7 +268,9 @@ def make_step(device, size, batch, precision, channels_last=True, compiled=False
 
     def step(images=of_default[0], labels=of_default[1]):
         with torch.autocast(device.type, precision):
-            loss = module.loss(run(images), labels)
+            # the photos come in channels last, and one of both is enough for a convolution to compute that way
+            logits = run(images) if channels_last else network.logits(network.normalise(images).contiguous())
+            loss = module.loss(logits, labels)
         optimise(loss, network, optimizer, scaler)
 
     return step
@@ -275,7 +304,8 @@ def measure_memory(table, device, size, precision):
         torch.cuda.reset_peak_memory_stats(device)
         try:
             step = make_step(device, size, batch, precision)
-            step()
+            for _ in range(2):  # Adam's state is made at the end of the first
+                step()
             synchronise(device)
         except RuntimeError as error:
             if out_of_memory(error) is None:
@@ -290,40 +320,68 @@ def measure_memory(table, device, size, precision):
     return fitting
 
 
-def measure_ratios(table, device, size, batch, precision):
-    """What each setting does to the time of a step, as a ratio; returns the seconds of a step as train.py takes it."""
+def measure_step(table, device, size, batch, precision):
+    """Seconds of a step as train.py takes it."""
     usual = time_steps(make_step(device, size, batch, precision), device)
     table.add(f"training step, {size[0]}x{size[1]}, batch {batch}", "figure", batch / usual, "photos/s")
-    plain = time_steps(make_step(device, size, batch, precision, channels_last=False), device)
-    table.add("  channels last, against not", "figure", plain / usual, "x", "on in train.py")
-    if device.type == "cpu":  # which has no cuDNN, and takes minutes to compile
-        return usual
-    unfused = time_steps(make_step(device, size, batch, precision, fused=False), device)
-    table.add("  fused Adam, against not", "figure", unfused / usual, "x", "on in train.py")
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
-    free = time_steps(make_step(device, size, batch, precision), device)
-    compute_exactly("16")
-    table.add("  cudnn.benchmark, not deterministic, against off", "figure", usual / free, "x", "off in train.py")
     return usual
+
+
+def measure_busy(table, device, size, batch, precision):
+    """The share of the time in which kernels run, while steps follow each other on data that is on the GPU."""
+    if device.type == "cpu":
+        table.add("share of the time in which the GPU computes", "left out", about="there is no GPU")
+        return
+    step, n = make_step(device, size, batch, precision), 5
+    for _ in range(3):
+        step()
+    synchronise(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        started = time.perf_counter()
+        for _ in range(n):
+            step()
+        synchronise(device)
+        seconds = time.perf_counter() - started
+    computing = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+    table.add("share of the time in which the GPU computes", "figure", computing / seconds, "x")
+
+
+def measure_ratio(table, what, about, device, size, batch, precision, usual, **other):
+    """How much faster a step is with a setting than without; other: what make_step is to do otherwise than train.py."""
+    seconds = time_steps(make_step(device, size, batch, precision, **other), device)
+    table.add(f"  {what}, against not", "figure", seconds / usual, "x", about)
+
+
+def measure_free_cudnn(table, device, size, batch, precision, usual):
+    """What cuDNN would gain if it might choose any algorithm, by trying them out; not on a CPU, which has none."""
+    what = "  cudnn.benchmark, not deterministic, against off"
+    if device.type == "cpu":
+        table.add(what, "left out", about="there is no GPU")
+        return
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
+    try:
+        free = time_steps(make_step(device, size, batch, precision), device)
+    finally:
+        compute_exactly("16")
+    table.add(what, "figure", usual / free, "x", "off in train.py")
 
 
 def measure_compiling(table, device, size, batch, precision, usual):
     """What torch.compile of the network does to the time of a step, and how long it takes; the last: it takes minutes."""
+    what = "  torch.compile of the network, against not"
     if device.type == "cpu":
-        table.add("torch.compile of the training, against not", "left out", about="there is no GPU")
+        table.add(what, "left out", about="there is no GPU")
         return
     started = time.perf_counter()
     step = make_step(device, size, batch, precision, compiled=True)
     try:
         step()
     except Exception as error:  # whatever a compiler says: train.py does without it
-        reason = " ".join(str(error).split())[:80]
-        table.add("torch.compile of the training, against not", "left out", about=reason)
+        table.add(what, "left out", about=" ".join(str(error).split())[:80])
         return
     synchronise(device)
-    first = time.perf_counter() - started
-    about = f"off in train.py; the first step takes {first:.0f} s"
-    table.add("torch.compile of the training, against not", "figure", usual / time_steps(step, device), "x", about)
+    about = f"off in train.py; the first step takes {time.perf_counter() - started:.0f} s"
+    table.add(what, "figure", usual / time_steps(step, device), "x", about)
 
 
 class Noise:
@@ -339,59 +397,61 @@ class Noise:
 def measure_loader(table, device, size, batch, precision, usual, workers):
     """Steps on batches from the loader, against the same on data that is on the device already."""
     n_steps = 40 if device.type == "cuda" else 4
+    check_shared_memory(size, batch, n_steps, workers)
     first = 2 * workers + 4
     n = (n_steps + first) * batch
     dataset = LeafDataset(
         Noise(size), [f"Train_{i}" for i in range(n)], np.eye(4)[np.arange(n) % 4], train_augmentation()
     )
     loader = make_loader(dataset, EpochSampler(np.arange(n), batch, 0, 0), batch, workers, device.type == "cuda")
-    step, on_gpu = make_step(device, size, batch, precision), []
+    step = make_step(device, size, batch, precision)
     for number, data in enumerate(loader):
         if number == first:  # what the loader had ready while the first step warmed up is not its rate
             synchronise(device)
             started = time.perf_counter()
-        images, labels = (data[name].to(device, non_blocking=True) for name in ("image", "label"))
-        if device.type == "cuda":
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            events[0].record()
-        step(images, labels)
-        if device.type == "cuda":
-            events[1].record()
-            on_gpu.append(events)
+        step(*(data[name].to(device, non_blocking=True) for name in ("image", "label")))
     synchronise(device)
     seconds = (time.perf_counter() - started) / n_steps
-    rate = usual / seconds
     about = f"{workers} workers; goal: at least 0.9"
-    table.add("steps fed by the loader, against data on the device", "figure", rate, "x", about)
-    if on_gpu:
-        busy = sum(first.elapsed_time(last) for first, last in on_gpu[first:]) / 1000 / n_steps
-        table.add("share of the time in which the GPU computes", "figure", min(1, busy / seconds), "x")
+    table.add("steps fed by the loader, against data on the device", "figure", usual / seconds, "x", about)
     return seconds
 
 
 def measure_prediction(table, device, size, batch, low_precision):
-    """Seconds to predict a photo in float32, as steps 2 and 4 do; and what --precision 16 (on a CPU bf16) would gain."""
+    """Seconds a photo in float32, as steps 2 and 4 predict, and in --precision 16 (on a CPU bf16), as train.py validates."""
     network, (images, _) = draw_network(device).eval(), draw_batch(device, batch, size)
+    fold_batch_norm(network.backbone)
 
-    def predict(precision=torch.float32):
+    def predict(precision):
         with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
             network(images).softmax(1)
 
-    seconds = time_steps(predict, device) / batch
-    table.add("prediction in float32", "figure", 1 / seconds, "photos/s")
-    lower = time_steps(lambda: predict(low_precision), device) / batch
+    full, lower = (time_steps(partial(predict, of), device) / batch for of in (torch.float32, low_precision))
+    table.add("prediction in float32", "figure", 1 / full, "photos/s")
     name = {torch.float16: "16", torch.bfloat16: "bf16"}[low_precision]
-    table.add(f"  --precision {name}, against it", "figure", seconds / lower, "x", "off in steps 2 and 4")
-    return seconds
+    table.add(f"  --precision {name}, against it", "figure", full / lower, "x", "off in steps 2 and 4")
+    return full, lower
 
 
-def estimate_hours(train, predict, size):
+def estimate_hours(train, validate, predict, size):
     """Hours of all five steps at 480x768 on one device, from the seconds a photo at `size`, by the number of pixels."""
     scale = SIZE[0] * SIZE[1] / (size[0] * size[1])
     n, folds = PHOTOS["train"], PHOTOS["folds"]
-    round_of = PHOTOS["epochs"] * n * ((folds - 1) * train + predict)  # validation is taken as prediction
+    round_of = PHOTOS["epochs"] * n * ((folds - 1) * train + validate)
     tests = PHOTOS["test"] * PHOTOS["draws"] * folds * predict
     return scale * (2 * round_of + n * predict + 2 * tests) / 3600
+
+
+def describe_gpu(device):
+    """What of a GPU's software figures depend on, dict of name to text."""
+    if device.type == "cpu":
+        return {}
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(asked, capture_output=True, text=True, timeout=10).stdout.split("\n")[0]
+    except (OSError, subprocess.SubprocessError):
+        driver = "unknown"
+    return {"driver": driver, "cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
 
 
 def main(args):
@@ -399,6 +459,8 @@ def main(args):
     kind, indices = choose_device(None)
     device = torch.device(kind, indices[0])
     on_gpu = kind == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
     compute_exactly("32")
     size, precision = (SIZE, torch.float16) if on_gpu else (SMALL_SIZE, torch.bfloat16)
     name = (
@@ -406,7 +468,7 @@ def main(args):
         if on_gpu
         else "CPU: there is no GPU, so this shows only that the checks work"
     )
-    record = {"device": name, "environment": describe_environment(), "size": size}
+    record = {"device": name, "environment": describe_environment() | describe_gpu(device), "size": size}
 
     def keep(rows):
         with atomic_write(args.out, "w") as file:
@@ -415,12 +477,12 @@ def main(args):
     table, started = Table(keep), time.perf_counter()
     print(f"{name}; torch {torch.__version__}, {args.num_workers} workers", flush=True)
 
-    def attempt(title, check, *arguments):
-        """The result of a check, or None, with a row that says so, if it ends in an error: the others still count."""
+    def attempt(title, check, *arguments, **options):
+        """The result of a check, or None, with a row that says so, if it ends in an error, any one: the others still count."""
         try:
-            return check(table, *arguments)
-        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-            table.add(title, "failed", about=" ".join(str(error).split())[:200])
+            return check(table, *arguments, **options)
+        except (Exception, InputError) as error:
+            table.add(title, "failed", about=f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
 
     attempt("float32 logits as on the CPU", check_agreement, device)
     attempt("the gradient of two parts is that of the whole", check_accumulation, device)
@@ -429,19 +491,26 @@ def main(args):
         if args.quick:
             table.add("killed and continued", "left out", about="--quick")
         else:
-            sample = f"-m tools.generate_sample_data --out {folder}/sample --n_train 41 --n_test 8 --photo_size 96 144"
-            subprocess.run([sys.executable, *sample.split()], cwd=REPO, check=True, capture_output=True)
             attempt("killed and continued: the same metrics", check_resume, Path(folder), device)
             attempt("several GPUs", check_several, Path(folder), indices if on_gpu else [])
-    batch = attempt("memory", measure_memory, device, size, precision)
-    usual = batch and attempt("training step", measure_ratios, device, size, batch, precision)
-    fed = usual and attempt("loader", measure_loader, device, size, batch, precision, usual, args.num_workers)
-    predicting = fed and attempt("prediction", measure_prediction, device, size, batch, precision)
-    if predicting:
-        hours = estimate_hours(fed / batch, predicting, size)
+    batch = attempt("memory", measure_memory, device, size, precision) or BATCHES[0]
+    usual = attempt("training step", measure_step, device, size, batch, precision)
+    of_step = device, size, batch, precision
+    if usual:
+        for what, about, other in (
+            ("channels last", "on in train.py", {"channels_last": False}),
+            ("fused Adam", "on in train.py", {"fused": False}),
+        ):
+            attempt(f"  {what}, against not", measure_ratio, what, about, *of_step, usual, **other)
+        attempt("  cudnn.benchmark, not deterministic, against off", measure_free_cudnn, *of_step, usual)
+    attempt("share of the time in which the GPU computes", measure_busy, *of_step)
+    fed = usual and attempt("loader", measure_loader, *of_step, usual, args.num_workers)
+    predicted = attempt("prediction", measure_prediction, *of_step)
+    if fed and predicted:
+        hours = estimate_hours(fed / batch, predicted[1], predicted[0], size)
         table.add("all five steps at 480x768 on this device, computed", "figure", hours, "hours")
     if usual:
-        attempt("torch.compile", measure_compiling, device, size, batch, precision, usual)
+        attempt("  torch.compile of the network, against not", measure_compiling, *of_step, usual)
     failed = [row["check"] for row in table.rows if row["result"] == "failed"]
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes; {len(failed)} checks failed")
     if failed:
