@@ -313,3 +313,20 @@ def test_a_training_says_what_it_will_do_and_ends_with_its_out_of_fold_figures(s
     np.testing.assert_allclose(out_of_fold[list(CLASSES)], soft[list(CLASSES)], atol=1e-5)
     auc = re.search(r"out-of-fold AUC of \d+ photos: ([\d.]+)", said).group(1)
     assert auc in step_2
+
+
+def test_another_optimizer_goes_on_after_an_interruption(repo, sample, tmp_path):
+    """RMSprop has no fused variant, which the resume point of Adam restores."""
+    models, step = repo / "models.py", "    def training_step(self, batch, batch_idx):\n"
+    edit(
+        models,
+        "torch.optim.Adam(parameters, lr=self.learning_rate, fused=True)",
+        "torch.optim.RMSprop(parameters, lr=1e-4)",
+    )
+    edit(models, "import numpy as np\n", "import os\n\nimport numpy as np\n")
+    once = "self.current_epoch == 1 and not os.path.exists('died')"
+    edit(models, step, f"{step}        if {once}:\n            open('died', 'w').close()\n            os._exit(9)\n")
+    edit(repo / "harness" / "callbacks.py", "RESUME_EVERY = 30", "RESUME_EVERY = 0")
+    options = ["--folds", 0, "--max_epochs", 2]
+    assert train(repo, sample, tmp_path, *options, check=False).returncode == 9
+    assert "fold 0: going on after epoch 0" in train(repo, sample, tmp_path, *options).stdout

@@ -3,11 +3,13 @@
 import numpy as np
 import pandas as pd
 import pytest
+import pytorch_lightning as pl
 import torch
 
 import models
 import train
 from dataset import EpochSampler, LeafDataset
+from harness.callbacks import UnscaleFirst
 from harness.command_line import parse_args
 from harness.console import InputError
 from harness.run import Run
@@ -138,3 +140,47 @@ def test_a_loss_that_is_not_finite_stops_the_fold_with_the_photos_of_its_batch(m
     kept = [path.name.split("-val")[0] for path in tmp_path.glob("*.ckpt")]
     assert kept == ["fold=1-epoch=0"]  # the last good one
     assert len(pd.read_csv(tmp_path / "metrics" / "fold=1.csv")) == 1
+
+
+class Slope(pl.LightningModule):
+    """One number, whose gradient is the batch; a batch of 0 is skipped, as Lightning allows."""
+
+    def __init__(self, optimizer):
+        super().__init__()
+        self.number, self.optimizer, self.seen = torch.nn.Parameter(torch.zeros(1)), optimizer, []
+
+    def training_step(self, batch, batch_idx):
+        return (self.number * batch).sum() if batch else None
+
+    def on_before_optimizer_step(self, optimizer):
+        self.seen.append(None if self.number.grad is None else self.number.grad.item())
+
+    def configure_optimizers(self):
+        return self.optimizer([self.number])
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    (
+        lambda p: torch.optim.Adam(p, 0.1, fused=True),
+        lambda p: torch.optim.Adam(p, 0.1),
+        lambda p: torch.optim.SGD(p, 0.1),
+    ),
+)
+@pytest.mark.parametrize("parts", (1, 2))
+def test_under_a_loss_scaler_hooks_see_gradients_as_they_are_and_a_batch_may_be_skipped(optimizer, parts):
+    batches, numbers = [0.0, 0.0, 3.0, 1.0, 0.0, 0.0, 2.0, 4.0], []
+    for plugins in ([UnscaleFirst("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))], []):
+        module = Slope(optimizer)
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+        trainer = pl.Trainer(
+            max_epochs=1, plugins=plugins, gradient_clip_val=1.0, accumulate_grad_batches=parts, **quiet
+        )
+        trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+        numbers.append(module.number.item())
+        gradients = batches if parts == 1 else [0, 2, 0, 3]  # the mean of two
+        assert module.seen == [gradient or None for gradient in gradients]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-5) and numbers[1] < 0

@@ -3,8 +3,10 @@
 #
 #   bash results/leaves/run.sh DATA_DIR WORK_DIR
 #
-# Reads   DATA_DIR: train.csv, test.csv, sample_submission.csv, images/.
-# Writes  WORK_DIR/seed=N/: log directories and CSV files of each seed.
+# Reads   DATA_DIR: train.csv, test.csv, sample_submission.csv, images/. Needs the packages of requirements.txt in the
+#         `python` of the PATH, `patch`, and memory of the GPU for 20 trainings at once (each about 2 GB).
+# Writes  WORK_DIR/seed=N/: log directories and CSV files of each seed; by_row/: the edited recipe; image_cache/.
+#         Typed again after an interruption it goes on.
 # Expect  the five steps, the same with soft labels by row number, and both again with two other seeds on the same folds.
 #         The folds of a round, and several rounds, train at once on the one GPU, each in a process of its own.
 set -euo pipefail
@@ -32,7 +34,7 @@ train() (  # FOLDER_OF_TRAIN.PY SEED LOG_DIR OPTIONS…
         pids+=($!)
     done
     all "${pids[@]}" || { tail -n 3 "$3"-fold=*.txt; exit 1; }
-    say "seed $2, $3: $(tail -qn 1 "$3"-fold=*.txt | grep 'of 1821 photos' | tail -n 1)"
+    say "seed $2, $3: $(tail -qn 1 "$3"-fold=*.txt | grep 'out-of-fold AUC of' | tail -n 1)"
 )
 
 predict() (  # FOLDER SCRIPT OPTIONS…
@@ -68,10 +70,12 @@ step_4_and_5_by_row() {
 }
 
 main() {
-    mkdir -p "$WORK/by_row"
-    if [ ! -e "$WORK/by_row/train.py" ]; then
-        (cd "$REPO" && cp -r ./*.py analysis harness "$WORK/by_row")
-        (cd "$WORK/by_row" && patch -p1 --quiet < "$REPO/experiments/soft_labels_by_row.diff")
+    if [ ! -e "$WORK/by_row" ]; then
+        rm -rf "$WORK/by_row.tmp"
+        mkdir -p "$WORK/by_row.tmp"
+        (cd "$REPO" && cp -r ./*.py analysis harness "$WORK/by_row.tmp")
+        (cd "$WORK/by_row.tmp" && patch -p1 --quiet < "$REPO/experiments/soft_labels_by_row.diff")
+        mv "$WORK/by_row.tmp" "$WORK/by_row"  # only when it is whole
     fi
     say "hard labels, three seeds"
     pids=()

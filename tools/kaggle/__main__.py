@@ -48,7 +48,7 @@ def write_script(path, options, session, hours):
         file.write(text.replace(line, f"PACKED = {packed!r}"))
 
 
-def describe_kernel(name, session):
+def describe_kernel(name, session, datasets=()):
     """kernel-metadata.json, dict. A session after the first has the output of the one before among its inputs."""
     return {
         "id": f"{name}/{SLUG}-{session}",
@@ -59,9 +59,9 @@ def describe_kernel(name, session):
         "is_private": True,
         "enable_gpu": True,
         "enable_internet": True,
-        "machine_shape": "NvidiaTeslaT4",  # or Kaggle gives a P100, for which today's torch holds no code
+        "machine_shape": "NvidiaTeslaT4",  # some who left it out got a P100, for which today's torch holds no code
         "competition_sources": [COMPETITION],
-        "dataset_sources": [],
+        "dataset_sources": list(datasets),
         "kernel_sources": [f"{name}/{SLUG}-{session - 1}"] if session > 1 else [],
     }
 
@@ -76,7 +76,7 @@ def main(args):
     folder = Path(args.out)
     write_script(folder / "run.py", args.options, args.session, args.hours)
     with atomic_write(folder / "kernel-metadata.json", "w") as file:
-        json.dump(describe_kernel(args.name, args.session), file, indent=2)
+        json.dump(describe_kernel(args.name, args.session, args.dataset), file, indent=2)
     size = (folder / "run.py").stat().st_size
     say(
         f"wrote {folder}: run.py ({size / 1e3:.0f} kB) and kernel-metadata.json. Now: kaggle kernels push -p {folder} "
@@ -89,6 +89,9 @@ if __name__ == "__main__":
     parser.add_argument("name", type=kaggle_name, help="your name at Kaggle, as in the address of your profile")
     group = parser.add_argument_group("the session")
     group.add_argument("--session", type=positive, default=1, metavar="N", help="the N-th, after N - 1 were cut short")
+    group.add_argument(
+        "--dataset", nargs="+", default=[], metavar="OWNER/NAME", help="data sets to attach: ImageNet weights, wheels"
+    )
     group.add_argument("--options", default=OPTIONS, help="of train.py, in one word")
     group.add_argument("--hours", type=positive_number, default=11.5, help="after so many hours what is done is kept")
     group.add_argument("--out", type=file_or_folder, default="kaggle_push", metavar="FOLDER", help="where it is packed")
