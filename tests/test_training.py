@@ -5,7 +5,9 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 
+import harness.run
 import models
 import train
 from dataset import EpochSampler, LeafDataset
@@ -140,6 +142,18 @@ def test_a_loss_that_is_not_finite_stops_the_fold_with_the_photos_of_its_batch(m
     kept = [path.name.split("-val")[0] for path in tmp_path.glob("*.ckpt")]
     assert kept == ["fold=1-epoch=0"]  # the last good one
     assert len(pd.read_csv(tmp_path / "metrics" / "fold=1.csv")) == 1
+
+
+@pytest.mark.parametrize("precision, expected", [("16", "16-mixed"), ("bf16", "bf16-mixed"), ("32", "32-true")])
+def test_a_precision_reaches_the_trainer_and_16_bits_come_with_our_loss_scaler(
+    precision, expected, monkeypatch, tmp_path
+):
+    """As on a GPU: on a CPU --precision 16 is refused."""
+    monkeypatch.setattr(harness.run, "choose_precision", lambda asked, device: precision)
+    run = Run(parse_args(make_training_parser(train.__doc__), ["--log_dir", str(tmp_path)]), 5, CLASSES)
+    trainer = pl.Trainer(**run.trainer_options(0, ModelCheckpoint(tmp_path)))
+    assert trainer.precision == expected
+    assert isinstance(trainer.precision_plugin, UnscaleFirst) == (precision == "16")
 
 
 class Slope(pl.LightningModule):
