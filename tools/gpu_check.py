@@ -32,6 +32,7 @@ from harness.console import InputError, quiet_libraries
 from harness.devices import (
     check_shared_memory,
     choose_device,
+    choose_precision,
     compute_exactly,
     describe_environment,
     out_of_memory,
@@ -267,7 +268,7 @@ def make_step(device, size, batch, precision, channels_last=True, compiled=False
     of_default = draw_batch(device, batch, size)
 
     def step(images=of_default[0], labels=of_default[1]):
-        with torch.autocast(device.type, precision):
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             # the photos come in channels last, and one of both is enough for a convolution to compute that way
             logits = run(images) if channels_last else network.logits(network.normalise(images).contiguous())
             loss = module.loss(logits, labels)
@@ -418,7 +419,7 @@ def measure_loader(table, device, size, batch, precision, usual, workers):
 
 
 def measure_prediction(table, device, size, batch, low_precision):
-    """Seconds a photo in float32, as steps 2 and 4 predict, and in --precision 16 (on a CPU bf16), as train.py validates."""
+    """Seconds a photo in float32, as steps 2 and 4 predict, and in the precision in which train.py validates."""
     network, (images, _) = draw_network(device).eval(), draw_batch(device, batch, size)
     fold_batch_norm(network.backbone)
 
@@ -426,8 +427,11 @@ def measure_prediction(table, device, size, batch, low_precision):
         with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
             network(images).softmax(1)
 
-    full, lower = (time_steps(partial(predict, of), device) / batch for of in (torch.float32, low_precision))
+    full = time_steps(partial(predict, torch.float32), device) / batch
     table.add("prediction in float32", "figure", 1 / full, "photos/s")
+    if low_precision == torch.float32:
+        return full, full
+    lower = time_steps(partial(predict, low_precision), device) / batch
     name = {torch.float16: "16", torch.bfloat16: "bf16"}[low_precision]
     table.add(f"  --precision {name}, against it", "figure", full / lower, "x", "off in steps 2 and 4")
     return full, lower
@@ -462,7 +466,8 @@ def main(args):
     if on_gpu:
         torch.cuda.set_device(device)
     compute_exactly("32")
-    size, precision = (SIZE, torch.float16) if on_gpu else (SMALL_SIZE, torch.bfloat16)
+    size = SIZE if on_gpu else SMALL_SIZE
+    precision = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32}[choose_precision(None, kind)]
     name = (
         torch.cuda.get_device_name(device)
         if on_gpu
