@@ -86,8 +86,11 @@ def test_size_orientation_and_format_do_not_matter_and_exif_is_respected(trained
     for name, tolerance in (("portrait.png", 0), ("alpha.png", 0), ("camera.jpg", 0.002), ("large.png", 0.01)):
         np.testing.assert_allclose(of[name], of["plain.png"], atol=tolerance + 1e-6)
     np.testing.assert_allclose(of["grey.png"], of["grey in colour.png"], atol=1e-6)
-    # other pictures give other probabilities: a turned one, and one without colours
-    assert np.abs(of["unmarked.jpg"] - of["plain.png"]).max() > 0.005
+    # EXIF is needed for that: a network that was trained on flipped photos may not mind, but the picture is another one
+    plain, camera, unmarked = (
+        load_photo(tmp_path / f, (64, 96)).astype(int) for f in ("plain.png", "camera.jpg", "unmarked.jpg")
+    )
+    assert np.abs(camera - plain).mean() < 1 and np.abs(unmarked - plain).mean() > 5
     assert np.abs(of["grey.png"] - of["plain.png"]).max() > 0.05
 
 
