@@ -41,9 +41,8 @@ def test_the_tables_of_real_leaves_are_those_of_the_kept_predictions(seed):
 
 
 def test_the_blends_of_real_leaves_are_the_means_of_both_rounds():
-    folder = LEAVES / "seed=2020"
     for name, first in (("", "submission.csv"), ("by_row", "../submission.csv")):
-        parts = [pd.read_csv(folder / name / path) for path in (first, "submission_distill.csv", "submission_mix.csv")]
+        parts = [pd.read_csv(LEAVES / name / path) for path in (first, "submission_distill.csv", "submission_mix.csv")]
         one, two, mix = (part.set_index("image_id")[list(CLASSES)] for part in parts)
         assert len(mix) == 1179
         pd.testing.assert_frame_equal(mix, (one + two) / 2)
