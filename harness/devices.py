@@ -1,5 +1,6 @@
 """What a script runs on: GPUs or the CPU, the precision, memory, and what several processes have in common."""
 
+import atexit
 import math
 import platform
 import re
@@ -133,10 +134,17 @@ def refuse_differences(facts):
                 values = f" is {here}, there {there}" if len(here + there) < 80 else " differs"
                 problems.append(f"process {rank} ({name}): {what}{values}")
     if problems:
+        atexit.register(leave_processes)
         raise InputError(
             f"not all processes would train the same as process 0 ({host}): {'; '.join(problems)}. All machines must "
             "share the log directory, and have the same data and the same files of this repository"
         )
+
+
+def leave_processes():
+    """Take leave of the other processes, which still live: gloo's threads may abort a Python that ends without it."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def check_shared_memory(image_size, batch_size, n_batches, num_workers, n_processes=1):
