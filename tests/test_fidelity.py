@@ -59,11 +59,13 @@ def test_logits_loss_and_gradient_norm_are_the_originals(network, images):
     logits = network.logits(images)
     torch.testing.assert_close(logits, torch.tensor(MODEL["train_logits"]), atol=2e-5, rtol=0)
     loss = F.cross_entropy(logits, torch.tensor(MODEL["labels"]))
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
     assert loss.item() == pytest.approx(MODEL["loss"], abs=5e-6)
-    # in float64 it is 1.6e-4 less than the original's, and in float32 2.0e-4 more, a little by the number of threads
-    assert norm.item() == pytest.approx(MODEL["grad_norm"], rel=5e-4)
+    # gradients in float64: in float32 rounding alone moves the norm by 3.6e-4, by the processor and its threads
+    network.backbone.double()
+    network.zero_grad()
+    F.cross_entropy(network.logits(images.double()), torch.tensor(MODEL["labels"])).backward()
+    norm = torch.stack([p.grad.double().norm() for p in network.parameters() if p.grad is not None]).norm()
+    assert norm.item() == pytest.approx(MODEL["grad_norm"], rel=2e-4)
 
 
 def test_the_training_step_computes_the_originals_loss():
