@@ -78,7 +78,7 @@ def test_the_estimate_counts_every_photo():
 @pytest.mark.parametrize("channels_last", (True, False))
 def test_what_is_not_channels_last_is_so_nowhere(channels_last):
     """A convolution computes in channels last if its photos or its weights are: weights alone decide nothing."""
-    step, seen = make_step(CPU, (64, 96), 2, torch.bfloat16, channels_last=channels_last), []
+    step, seen = make_step(CPU, (64, 96), 2, "bf16", channels_last=channels_last), []
 
     def look(module, inputs):
         if isinstance(module, torch.nn.Conv2d) and module.kernel_size[0] > 1:  # a weight of 1 x 1 is always both

@@ -30,6 +30,7 @@ from harness.callbacks import UnscaleFirst
 from harness.command_line import HelpFormatter, file_or_folder, not_negative, parse_args
 from harness.console import InputError, quiet_libraries
 from harness.devices import (
+    autocast,
     check_shared_memory,
     choose_device,
     choose_precision,
@@ -263,12 +264,12 @@ def make_step(device, size, batch, precision, channels_last=True, compiled=False
     if not channels_last:
         network = network.to(memory_format=torch.contiguous_format)
     run = torch.compile(network) if compiled else network
-    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=precision == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=precision == "16")
     optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=fused)
     of_default = draw_batch(device, batch, size)
 
     def step(images=of_default[0], labels=of_default[1]):
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        with autocast(device.type, precision):
             # the photos come in channels last, and one of both is enough for a convolution to compute that way
             logits = run(images) if channels_last else network.logits(network.normalise(images).contiguous())
             loss = module.loss(logits, labels)
@@ -424,16 +425,15 @@ def measure_prediction(table, device, size, batch, low_precision):
     fold_batch_norm(network.backbone)
 
     def predict(precision):
-        with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        with torch.inference_mode(), autocast(device.type, precision):
             network(images).softmax(1)
 
-    full = time_steps(partial(predict, torch.float32), device) / batch
+    full = time_steps(partial(predict, "32"), device) / batch
     table.add("prediction in float32", "figure", 1 / full, "photos/s")
-    if low_precision == torch.float32:
+    if low_precision == "32":
         return full, full
     lower = time_steps(partial(predict, low_precision), device) / batch
-    name = {torch.float16: "16", torch.bfloat16: "bf16"}[low_precision]
-    table.add(f"  --precision {name}, against it", "figure", full / lower, "x", "off in steps 2 and 4")
+    table.add(f"  --precision {low_precision}, against it", "figure", full / lower, "x", "off in steps 2 and 4")
     return full, lower
 
 
@@ -466,8 +466,7 @@ def main(args):
     if on_gpu:
         torch.cuda.set_device(device)
     compute_exactly("32")
-    size = SIZE if on_gpu else SMALL_SIZE
-    precision = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32}[choose_precision(None, kind)]
+    size, precision = SIZE if on_gpu else SMALL_SIZE, choose_precision(None, kind)
     name = (
         torch.cuda.get_device_name(device)
         if on_gpu
