@@ -7,20 +7,20 @@ Writes  submission_mix.csv, in the row order of the first.
 Expect  0.98354 public and 0.98253 private at Kaggle (published).
 """
 
-import argparse
-
-from harness.command_line import HelpFormatter, file_or_folder, parse_args, positive
-from harness.console import say
+from harness.console import Parser, file_or_folder, parse_args, positive, say
 from harness.files import write_csv
-from harness.tables import note_no_distributions, read_scores
-from utils import CLASSES, output_name
+from harness.tables import note_no_distributions, read_table
+from utils import CLASSES, N_FOLDS, output_name
 
 
 def main(args):
-    classes = list(CLASSES)
-    *submissions, output = [output_name(name, args.limit) for name in [*args.submissions, args.output]]
-    mix = read_scores(submissions[0], CLASSES)
-    tables = [mix[classes], *(read_scores(path, CLASSES, mix["image_id"])[classes] for path in submissions[1:])]
+    columns, classes = ("image_id", *CLASSES), list(CLASSES)
+    *submissions, output = [output_name(name, args) for name in [*args.submissions, args.output]]
+    mix = read_table(submissions[0], columns, hint="run the step that writes it first")
+    tables = [mix[classes]]
+    for path in submissions[1:]:
+        table = read_table(path, columns, wanted=mix["image_id"], hint="run the step that writes it first")
+        tables.append(table[classes])
     for path, table in zip(submissions, tables, strict=True):
         note_no_distributions(path, table.to_numpy())
     mix[classes] = sum(table / len(tables) for table in tables)
@@ -29,9 +29,9 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    group = parser.add_argument_group("files")
-    group.add_argument(
+    parser = Parser(__doc__)
+    files = parser.add_argument_group("files")
+    files.add_argument(
         "--submissions",
         type=file_or_folder,
         nargs="+",
@@ -39,8 +39,9 @@ if __name__ == "__main__":
         metavar="CSV",
         help="what to average",
     )
-    group.add_argument("--limit", type=positive, metavar="N", help="blend what steps 2 and 4 wrote after --limit N")
-    group.add_argument(
+    files.add_argument("--limit", type=positive, metavar="N", help="blend what steps 2 and 4 wrote after --limit N")
+    files.add_argument(
         "--output", type=file_or_folder, default="submission_mix.csv", metavar="CSV", help="where the mean goes"
     )
+    parser.set_defaults(folds=list(range(N_FOLDS)))
     main(parse_args(parser))

@@ -14,6 +14,7 @@ Expect  the figures of each training; what differs from the first, or from those
 import argparse
 
 from harness.command_line import HelpFormatter, file_or_folder, parse_args
+
 from utils import CLASSES
 
 

@@ -3,6 +3,7 @@
 import os
 import random
 import zlib
+from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or its import asks the network for a newer version of itself
 
@@ -13,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from harness.photos import cache_images, read_photo
-from harness.tables import read_test_ids, read_train_csv
+from harness.tables import one_hot, read_table, read_test_ids
 from utils import CLASSES, derive_seed
 
 cv2.setNumThreads(0)  # OpenCV's threads would fight the loader's workers for the cores
@@ -26,7 +27,7 @@ def read_train(args):
 
     Its index is the row number in train.csv.
     """
-    train = read_train_csv(args.data_dir, CLASSES)
+    train = read_table(Path(args.data_dir) / "train.csv", ("image_id", *CLASSES), rule=one_hot)
     if args.limit is None or args.limit >= len(train):
         return train
     # the same share of each class, and no class without a photo: the photos in turn, the rarest class first
@@ -53,18 +54,9 @@ def load_photo(path, image_size):
 
 
 def cached_photos(args, name, image_ids):
-    """The photos `image_ids` as the network sees them, decoded once: CachedImages. name: "train" or "test".
-
-    With --limit they are taken from the cache of all photos if that is there.
-    """
-    all_ids = image_ids
-    if args.limit is not None:
-        read = {
-            "train": lambda: read_train_csv(args.data_dir, CLASSES)["image_id"],
-            "test": lambda: read_test_ids(args.data_dir, CLASSES),
-        }
-        all_ids = read[name]()
-    return cache_images(name, image_ids, all_ids, args.data_dir, args.image_size, args.cache_dir, fit_photo)
+    """The photos `image_ids` as the network sees them, decoded once: CachedImages. name: "train" or "test"."""
+    name += "" if args.limit is None else f"-limit={args.limit}"
+    return cache_images(name, image_ids, args.data_dir, args.image_size, args.cache_dir, fit_photo)
 
 
 def read_test(args):

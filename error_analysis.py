@@ -10,7 +10,8 @@ Writes  error_analysis.html: one page that needs no network, with heat maps, sus
 Expect  the out-of-fold AUC, the number of errors, suspects and near-duplicates.
 """
 
-from harness.command_line import parse_args, positive
+from harness.console import parse_args, positive
+
 from utils import CLASSES, column_aucs, make_prediction_parser, mean_auc
 
 
@@ -48,9 +49,9 @@ from analysis.heat_maps import data_uri, heat_maps, overlay, shrink
 from dataset import fit_photo, read_train
 from harness.console import InputError, say
 from harness.files import atomic_write, check_writable, write_csv
-from harness.log_dir import read_folds, read_own_csv
 from harness.photos import photo_paths, read_photo
-from harness.prediction import predict, stopping_cleanly
+from harness.prediction import predict
+from harness.record import read_folds, read_own_csv
 from inference import load_trained, predict_out_of_fold
 
 THUMBNAIL = 120  # longest side in pixels: there is one of every photo
@@ -309,5 +310,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with stopping_cleanly(ARGS):
-        main(ARGS)
+    main(ARGS)

@@ -7,7 +7,7 @@ Writes  submission_distill.csv: each test photo, the mean of five networks x eig
 Expect  0.98422 public and 0.98135 private at Kaggle (published).
 """
 
-from harness.command_line import parse_args
+from harness.console import parse_args
 from utils import make_prediction_parser, output_name
 
 if __name__ == "__main__":  # before the imports that take seconds: a typo should not wait for them
@@ -16,19 +16,17 @@ if __name__ == "__main__":  # before the imports that take seconds: a typo shoul
 from dataset import read_test
 from harness.console import say
 from harness.files import check_writable, write_csv
-from harness.prediction import stopping_cleanly
-from inference import load_trained, predict_test
+from inference import load_trained, predict_tta
 
 
 def main(args):
     _, networks = load_trained(args)
-    name = output_name("submission_distill.csv", args.limit)
+    name = output_name("submission_distill.csv", args)
     check_writable(name)
-    submission = predict_test(args, networks, *read_test(args))
+    submission = predict_tta(args, networks, *read_test(args), keep_as="test")
     write_csv(name, submission)
     say(f"wrote {name}: {len(submission)} rows")
 
 
 if __name__ == "__main__":
-    with stopping_cleanly(ARGS):
-        main(ARGS)
+    main(ARGS)

@@ -8,7 +8,7 @@ Writes  soft_labels.csv: each training photo, by the network that has not seen i
 Expect  the out-of-fold AUC; 0.97988 public and 0.98108 private at Kaggle for submission.csv (published).
 """
 
-from harness.command_line import parse_args
+from harness.console import parse_args
 from utils import CLASSES, describe_aucs, make_prediction_parser, output_name
 
 if __name__ == "__main__":  # before the imports that take seconds: a typo should not wait for them
@@ -17,9 +17,8 @@ if __name__ == "__main__":  # before the imports that take seconds: a typo shoul
 from dataset import read_test, read_train
 from harness.console import say
 from harness.files import check_writable, write_csv
-from harness.log_dir import read_folds
-from harness.prediction import stopping_cleanly
-from inference import load_trained, predict_out_of_fold, predict_test
+from harness.record import read_folds
+from inference import load_trained, predict_out_of_fold, predict_tta
 
 
 def main(args):
@@ -27,7 +26,7 @@ def main(args):
     train = read_train(args)
     folds = read_folds(args.log_dir, train["image_id"])
     test = read_test(args)  # now, or what is wrong with it would be said after a long prediction
-    names = [output_name(name, args.limit) for name in ("soft_labels.csv", "submission.csv")]
+    names = [output_name(name, args) for name in ("soft_labels.csv", "submission.csv")]
     check_writable(*names)
 
     soft_labels = predict_out_of_fold(args, train, folds, networks)
@@ -36,11 +35,10 @@ def main(args):
     aucs = describe_aucs(known[list(CLASSES)], soft_labels[list(CLASSES)])
     say(f"wrote {names[0]}: out-of-fold AUC {aucs}")
 
-    submission = predict_test(args, networks, *test)
+    submission = predict_tta(args, networks, *test, keep_as="test")
     write_csv(names[1], submission)
     say(f"wrote {names[1]}: {len(submission)} rows")
 
 
 if __name__ == "__main__":
-    with stopping_cleanly(ARGS):
-        main(ARGS)
+    main(ARGS)

@@ -52,6 +52,10 @@ class LeafNet(nn.Module):
             pooled = self.bn(maps.float().mean((2, 3)))
             return self.fc(F.normalize(pooled, dim=1))
 
+    def probabilities(self, logits):
+        """What validation and prediction make of logits: float32 (n, 4) → float32 (n, 4)."""
+        return logits.softmax(1)
+
 
 # ---------------------------------------------------------------------------------------------- learning
 
@@ -109,7 +113,7 @@ class LeafModule(pl.LightningModule):
     def validation_step(self, batch, batch_idx):
         logits = self.network(batch["image"])
         losses = self.loss(logits, batch["label"], reduction="none")
-        self.validated.append((batch["row"], logits.softmax(1), losses, batch["label"]))
+        self.validated.append((batch["row"], self.network.probabilities(logits), losses, batch["label"]))
 
     def on_validation_epoch_end(self):
         # all images of all devices, in the order of their rows, or the sums would depend on the number of devices

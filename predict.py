@@ -11,7 +11,8 @@ Expect  the same as a table. A photo that cannot be read is named on stderr and 
 
 import os
 
-from harness.command_line import file_or_folder, parse_args
+from harness.console import file_or_folder, parse_args
+
 from utils import CLASSES, make_prediction_parser
 
 
@@ -45,8 +46,8 @@ from joblib import cpu_count
 from tqdm import tqdm
 
 from dataset import LeafDataset, fit_photo, load_photo, train_augmentation
-from harness.console import InputError, say, stop_cleanly
-from harness.files import atomic_write, check_writable, make_folder, write_csv
+from harness.console import InputError, say
+from harness.files import atomic_write, check_writable, write_csv
 from harness.photos import looks_like_photo, read_photo
 from harness.prediction import predict
 from inference import load_trained
@@ -180,7 +181,6 @@ def main(args):
     predictions = pd.DataFrame(np.concatenate(parts), columns=list(CLASSES))
     predictions.insert(0, "image", [str(path) for path in done])
     write_csv(args.output, predictions)
-    args.written = True
     predicted = predictions[list(CLASSES)].to_numpy().argmax(1)
     table = predictions.assign(prediction=np.array(CLASSES)[predicted])[["image", "prediction", *CLASSES]]
     print(table.to_string(index=False, float_format="{:.3f}".format), flush=True)
@@ -193,5 +193,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with stop_cleanly(lambda: f"{ARGS.output} is written" if vars(ARGS).get("written") else "nothing is written yet"):
-        main(ARGS)
+    main(ARGS)

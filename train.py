@@ -4,12 +4,12 @@
   python train.py --train_batch_size 32 --gpus 0 1 --soft_labels_filename soft_labels.csv --log_dir logs_submit_distill
 
 Reads   DATA_DIR/train.csv and images/; in step 3 also the soft labels that step 2 wrote.
-Writes  LOG_DIR: hparams.yaml, folds.csv, the six best checkpoints of each fold, metrics/, results.csv.
-Expect  a progress bar an epoch; 70 epochs a fold. After an interruption the same command continues: finished folds are
+Writes  LOG_DIR: hparams.yaml, folds.csv, the six best checkpoints of each fold, metrics/, results.csv, out_of_fold.csv.
+Expect  a progress bar per epoch; 70 epochs per fold. After an interruption the same command continues: finished folds are
         not trained again, an unfinished one continues after its last epoch that was kept.
 """
 
-from harness.command_line import parse_args
+from harness.console import parse_args
 from utils import CLASSES, N_FOLDS, derive_seed, describe_aucs, make_training_parser, split_folds
 
 if __name__ == "__main__":  # before the imports that take seconds: a typo should not wait for them
@@ -21,7 +21,6 @@ import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
 
 from dataset import (
     EpochSampler,
@@ -33,12 +32,12 @@ from dataset import (
     read_train,
     train_augmentation,
 )
-from harness.backbones import check_backbone
-from harness.console import say
+from harness.backbones import count_feature_maps, find_weights, load_backbone_weights
+from harness.callbacks import BestCheckpoints
+from harness.console import is_interactive, say
 from harness.photos import CachedImages
 from harness.run import Run
-from harness.tables import read_probabilities
-from harness.weights import find_weights, load_backbone_weights
+from harness.tables import distribution, read_table
 from models import LeafModule, LeafNet
 
 
@@ -58,8 +57,8 @@ def read_training_data(args, run):
     train = read_train(args)
     hard_labels = labels = train[list(CLASSES)].to_numpy(np.float32)
     if args.soft_labels_filename is not None:
-        limited = args.limit is not None
-        soft = read_probabilities(args.soft_labels_filename, CLASSES, train["image_id"], may_hold_more=limited)
+        columns, wanted = ("image_id", *CLASSES), {"wanted": train["image_id"], "may_hold_more": args.limit is not None}
+        soft = read_table(args.soft_labels_filename, columns, rule=distribution, hint="run step 2 first", **wanted)
         labels = mix_labels(hard_labels, soft[list(CLASSES)].to_numpy(), args.soft_share)
     seed = args.seed if args.fold_seed is None else args.fold_seed
     folds = split_folds(len(train), seed, hard_labels.argmax(1))
@@ -75,27 +74,31 @@ def make_module(args, fold, weights):
     network = LeafNet(args.backbone)
     if weights is not None:
         load_backbone_weights(network.backbone, weights)
+    if args.compile:
+        network.compile()
     return LeafModule(network, args.lr_schedule, args.learning_rate, seed)
 
 
-def make_loaders(args, fold, data, rank, world_size, pin_memory):
+def make_loaders(args, fold, data, trainer, first_epoch=0):
     """Training batches of the other folds, augmented, and validation batches of this fold, for one of the processes."""
+    rank, world_size, on_gpu = trainer.global_rank, trainer.world_size, trainer.strategy.root_device.type == "cuda"
     train_rows, val_rows = np.flatnonzero(data.folds != fold), np.flatnonzero(data.folds == fold)
     train_set = LeafDataset(data.images, data.image_ids, data.labels, train_augmentation(), args.seed)
     val_set = LeafDataset(data.images, data.image_ids, data.hard_labels)
     order = EpochSampler(train_rows, args.train_batch_size, args.seed, fold, rank, world_size)
+    order.set_epoch(first_epoch)  # Lightning does so too late for the first epoch after an interruption
     val_keys = [(fold, 0, int(row)) for row in val_rows[rank::world_size]]
     batch_size = args.train_batch_size // world_size // args.accumulate_grad_batches
     return (
-        make_loader(train_set, order, batch_size, args.num_workers, pin_memory),
-        make_loader(val_set, val_keys, args.val_batch_size, args.num_workers, pin_memory),
+        make_loader(train_set, order, batch_size, args.num_workers, on_gpu),
+        make_loader(val_set, val_keys, args.val_batch_size, args.num_workers, on_gpu),
     )
 
 
 def train_fold(args, fold, data, weights, run):
     """Train one fold and record its best epoch in the log directory."""
     module = make_module(args, fold, weights)
-    best = ModelCheckpoint(
+    best = BestCheckpoints(
         args.log_dir,
         f"fold={fold}-" + "epoch={epoch}-val_loss={val_loss:.4f}-val_roc_auc={val_roc_auc:.4f}",
         monitor="val_roc_auc",
@@ -110,28 +113,40 @@ def train_fold(args, fold, data, weights, run):
         max_epochs=args.max_epochs,
         gradient_clip_val=args.gradient_clip_val,
         accumulate_grad_batches=args.accumulate_grad_batches,
-        **run.trainer_options(fold, best),
+        callbacks=[best, *run.callbacks(fold)],
+        logger=False,  # metrics/ in the log directory is written by run.callbacks
+        accelerator=run.accelerator,
+        devices=run.devices,
+        num_nodes=run.num_nodes,
+        strategy=run.strategy,
+        precision=run.precision,
+        plugins=run.plugins,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        enable_progress_bar=is_interactive(),
     )
-    loaders = make_loaders(args, fold, data, trainer.global_rank, trainer.world_size, run.device == "cuda")
-    trainer.fit(module, *loaders)
+    resume_point, first_epoch = run.resume_from(fold)
+    trainer.fit(module, *make_loaders(args, fold, data, trainer, first_epoch), ckpt_path=resume_point)
     run.finish_fold(fold, trainer)
 
 
 def main(args):
     run = Run(args, N_FOLDS, CLASSES)
-    check_backbone(args.backbone, args.image_size)
+    count_feature_maps(args.backbone, tuple(args.image_size))  # or it does not fit
     data = read_training_data(args, run)
     weights = find_weights(args.weights, args.backbone)
     module = make_module(args, args.folds[0], weights)  # what does not fit together is told now, not after the start
-    with run.begin(data, weights, predicts_with=(fit_photo, LeafNet)):
+    with run.begin(data, weights, make_network=lambda: LeafNet(args.backbone), fit=fit_photo):
         run.describe(module, data.folds)
-        run.train_folds(lambda fold: train_fold(args, fold, data, weights, run))
-        if run.is_writer:
-            rows, probabilities = run.collect_out_of_fold()
-            aucs = describe_aucs(data.hard_labels[rows], probabilities)
-            say(f"out-of-fold AUC of {len(rows)} photos: {aucs}; written as {args.log_dir}/out_of_fold.csv")
+        for fold in run.folds_left():
+            train_fold(args, fold, data, weights, run)
+    out_of_fold = run.summarise()
+    if out_of_fold is not None:
+        labels = np.stack([out_of_fold["label"] == name for name in CLASSES], axis=1)
+        aucs = describe_aucs(labels, out_of_fold[list(CLASSES)])
+        say(f"out-of-fold AUC of {len(out_of_fold)} photos: {aucs}; written as {args.log_dir}/out_of_fold.csv")
 
 
 if __name__ == "__main__":
-    with Run.stopping_cleanly(ARGS):
-        main(ARGS)
+    main(ARGS)

@@ -1,11 +1,8 @@
 """What every script shares: the classes, the one command line, seeds, the fold split, the metric."""
 
-import argparse
-
 import numpy as np
 
-from harness.command_line import HelpFormatter, file_or_folder, not_negative, pixels, positive, positive_number, share
-from harness.console import InputError
+from harness.console import InputError, Parser, file_or_folder, not_negative, pixels, positive, positive_number, share
 
 CLASSES = ("healthy", "multiple_diseases", "rust", "scab")
 N_FOLDS = 5
@@ -14,27 +11,23 @@ N_FOLDS = 5
 
 
 def make_parser(doc, log_dir="logs"):
-    """What all scripts but blend.py take; `doc` is the script's docstring, `log_dir` its default log directory."""
+    """What all scripts but blend.py and compare.py take; `doc` is the script's docstring."""
     from joblib import cpu_count  # knows what a container or a job may use; blend.py need not wait for it
 
-    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = Parser(doc)
     size = {"type": pixels, "nargs": 2, "metavar": ("H", "W")}
-    folds = {"type": int, "nargs": "+", "choices": range(N_FOLDS)}
+    folds = {"type": int, "nargs": "+", "choices": range(N_FOLDS), "metavar": "FOLD"}
     gpus = {"type": not_negative, "nargs": "+", "metavar": "GPU"}
-    workers = min(8, cpu_count())
 
     files = parser.add_argument_group("files")
     files.add_argument(
         "--data_dir", type=file_or_folder, default="data", help="train.csv, test.csv, sample_submission.csv and images/"
     )
     files.add_argument(
-        "--log_dir",
-        type=file_or_folder,
-        default=log_dir,
-        help="checkpoints, metrics and options of one training of all folds",
+        "--log_dir", type=file_or_folder, default=log_dir, help="checkpoints, metrics and options of one training"
     )
     files.add_argument(
-        "--cache_dir", type=file_or_folder, default="image_cache", help="for the photos, decoded and resized once"
+        "--cache_dir", type=file_or_folder, default="image_cache", help="the photos, decoded and resized once"
     )
 
     networks = parser.add_argument_group("which networks")
@@ -43,23 +36,26 @@ def make_parser(doc, log_dir="logs"):
     )
     networks.add_argument("--image_size", **size, default=[480, 768], help="height and width, in pixels")
     networks.add_argument(
-        "--folds", **folds, default=list(range(N_FOLDS)), help="the folds to train, or to predict with"
+        "--folds", **folds, default=list(range(N_FOLDS)), help="numbers of the folds to train, or to predict with"
     )
 
-    hardware = parser.add_argument_group("what it runs on")
+    hardware = parser.add_argument_group("hardware")
     either = hardware.add_mutually_exclusive_group()
     either.add_argument("--gpus", **gpus, help="for example 0 1; without it all GPUs there are, else the CPU")
-    either.add_argument("--cpu_processes", type=positive, metavar="N", help="N processes of the CPU instead of GPUs")
+    either.add_argument("--cpu_processes", type=positive, metavar="N", help="N processes on the CPU instead of GPUs")
     hardware.add_argument(
         "--precision",
         choices=("16", "32", "bf16"),
-        help="without it 32 to predict, to train what is fast: 16 on GPUs, bf16 or 32 on CPUs",
+        help="default: 32 for predictions; for training the fast one, 16 on GPUs, bf16 or 32 on CPUs",
     )
     hardware.add_argument(
-        "-vbs", "--val_batch_size", type=positive, default=16, help="photos a batch in validation and prediction"
+        "-vbs", "--val_batch_size", type=positive, default=16, help="photos per batch in validation and prediction"
     )
     hardware.add_argument(
-        "--num_workers", type=not_negative, default=workers, help="processes that load photos, for each device"
+        "--num_workers", type=not_negative, default=min(8, cpu_count()), help="processes per device that load photos"
+    )
+    hardware.add_argument(
+        "--compile", action="store_true", help="torch.compile the networks: a minute at first, then faster"
     )
     return parser
 
@@ -68,63 +64,49 @@ def make_training_parser(doc):
     """What train.py takes."""
     parser = make_parser(doc)
 
-    data = parser.add_argument_group("what is trained")
+    data = parser.add_argument_group("training data")
     data.add_argument(
         "--weights",
         type=file_or_folder,
         default="imagenet",
-        help="where the backbone starts: imagenet, none (from scratch) or a file",
+        help="initial weights of the backbone: imagenet, none (from scratch) or a file",
     )
     data.add_argument(
-        "--soft_labels_filename",
-        type=file_or_folder,
-        metavar="CSV",
-        help="train on hard labels mixed with these soft labels",
+        "--soft_labels_filename", type=file_or_folder, metavar="CSV", help="soft labels to mix with the hard labels"
     )
+    data.add_argument("--soft_share", type=share, default=0.3, help="share of the soft labels in that mix")
+    data.add_argument("--limit", type=positive, metavar="N", help="for a quick look: only N labelled and N test photos")
     data.add_argument(
-        "--limit", type=positive, metavar="N", help="a quick look: N labelled photos and N test photos only"
+        "--seed", type=not_negative, default=2020, help="seed of the folds, the head, the order and the augmentation"
     )
-    data.add_argument(
-        "--soft_share", type=share, default=0.3, help="of the soft labels in the mix, the rest is the hard label's"
-    )
-    data.add_argument("--seed", type=not_negative, default=2020, help="of folds, head, order and augmentation")
-    data.add_argument(
-        "--fold_seed",
-        type=not_negative,
-        help="of the folds, where it is to differ from --seed: other seeds, same folds",
-    )
+    data.add_argument("--fold_seed", type=not_negative, help="seed of the folds, if not --seed")
 
-    training = parser.add_argument_group("how it is trained")
-    training.add_argument("--max_epochs", type=positive, default=70, help="epochs a fold")
+    training = parser.add_argument_group("training")
+    training.add_argument("--max_epochs", type=positive, default=70, help="epochs per fold")
     training.add_argument(
-        "-tbs", "--train_batch_size", type=positive, default=32, help="photos a step, over all devices together"
+        "-tbs", "--train_batch_size", type=positive, default=32, help="photos per step, on all devices together"
     )
     training.add_argument(
-        "--accumulate_grad_batches", type=positive, default=1, metavar="N", help="split each batch into N parts"
+        "--accumulate_grad_batches", type=positive, default=1, metavar="N", help="compute each batch in N parts"
     )
     training.add_argument(
-        "--learning_rate", type=positive_number, default=1e-3, help="the highest; the lowest is a hundredth of it"
+        "--learning_rate", type=positive_number, default=1e-3, help="peak learning rate; the minimum is 1/100 of it"
     )
     training.add_argument(
-        "--lr_schedule", default="cosine", metavar="NAME", help="cosine (restarts) or triangular (the write-up's cycle)"
+        "--lr_schedule", default="cosine", metavar="NAME", help="cosine (with restarts) or triangular (cyclic)"
     )
-    training.add_argument("--gradient_clip_val", type=positive_number, default=1.0, help="the longest gradient")
     training.add_argument(
-        "--keep_checkpoints", type=positive, default=6, metavar="N", help="the best so many epochs of each fold"
+        "--gradient_clip_val", type=positive_number, default=1.0, help="clip the norm of the gradient at this value"
     )
+    training.add_argument(
+        "--keep_checkpoints", type=positive, default=6, metavar="N", help="number of best checkpoints kept per fold"
+    )
+    training.add_argument("--parallel_folds", action="store_true", help="train several folds at once, one per device")
 
-    devices = parser.add_argument_group("several devices")
-    devices.add_argument(
-        "--num_nodes", type=positive, default=1, metavar="N", help="machines that torchrun or srun has started this on"
-    )
-    devices.add_argument(
-        "--parallel_folds", action="store_true", help="a fold a device, several at once, not one after the other"
-    )
-
-    earlier = parser.add_argument_group("what is there already")
-    earlier.add_argument("--fresh", action="store_true", help="start over: delete what the named folds left in LOG_DIR")
+    earlier = parser.add_argument_group("a log directory that exists")
+    earlier.add_argument("--fresh", action="store_true", help="start over: delete what LOG_DIR holds of these folds")
     earlier.add_argument(
-        "--accept_changes", action="store_true", help="go on in LOG_DIR though options or source files have changed"
+        "--accept_changes", action="store_true", help="keep finished folds though options or source files have changed"
     )
     return parser
 
@@ -132,9 +114,9 @@ def make_training_parser(doc):
 def make_prediction_parser(doc, log_dir="logs"):
     """What steps 2 and 4, predict.py and error_analysis.py take."""
     parser = make_parser(doc, log_dir)
-    prediction = parser.add_argument_group("how it is predicted")
+    prediction = parser.add_argument_group("prediction")
     prediction.add_argument(
-        "--tta_draws", type=positive, default=8, metavar="N", help="augmented views of each test photo (TTA)"
+        "--tta_draws", type=positive, default=8, metavar="N", help="augmented views per test photo (TTA)"
     )
     prediction.add_argument(
         "--accept_changes", action="store_true", help="predict though the network or fit_photo was edited since"
@@ -143,9 +125,11 @@ def make_prediction_parser(doc, log_dir="logs"):
     return parser
 
 
-def output_name(name, limit):
-    """The name of a CSV file that a step writes: with --limit another one, so that no full result is overwritten."""
-    return name if limit is None else name.replace(".csv", f"-limit={limit}.csv")
+def output_name(name, args):
+    """The name of a CSV file that a step writes: another one for a part of the data or of the folds."""
+    limit = "" if args.limit is None else f"-limit={args.limit}"
+    folds = "" if len(args.folds) == N_FOLDS else f"-folds={','.join(map(str, args.folds))}"
+    return name.replace(".csv", f"{limit}{folds}.csv")
 
 
 # ---------------------------------------------------------------------------------------------- seeds and folds

@@ -1,24 +1,24 @@
 """What Lightning does beside the training: whole checkpoints, the log, the points from which a fold goes on."""
 
+import math
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch.utils.tensorboard import SummaryWriter
 
-from harness.console import say
-from harness.devices import refuse_differences
+from harness.backbones import load_checkpoint
+from harness.console import InputError, is_interactive, say
 from harness.files import atomic_write, remove, write_csv
-from harness.log_dir import resume_path
-from harness.weights import load_checkpoint
+from harness.record import resume_path
 
-ONLY_IN_THE_BAR = {"loss", "lr"}  # of the last step; all other metrics are of the epoch
-LOOK_EVERY = 50  # steps
 RESUME_EVERY = 30  # seconds: the optimizer's state is 306 MB, about a second to write
 
 
@@ -28,6 +28,9 @@ class WholeCheckpoints(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         with atomic_write(path) as file:
             torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path, *_, **__):
+        return load_checkpoint(path)
 
     def remove_checkpoint(self, path):
         remove(path)
@@ -50,185 +53,118 @@ class UnscaleFirst(MixedPrecision):
         return super().optimizer_step(optimizer, model, unscaled, **options)
 
 
+class BestCheckpoints(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, which keeps the best epochs, also in a fold that goes on after an interruption.
+
+    Then the log directory may have been moved, and a checkpoint may be gone that a lost epoch had replaced.
+    """
+
+    def load_state_dict(self, state_dict):
+        scores = {
+            str(Path(self.dirpath) / Path(path).name): score for path, score in state_dict["best_k_models"].items()
+        }
+        self.best_k_models = {path: score for path, score in scores.items() if Path(path).exists()}
+        if self.best_k_models:
+            ranked = sorted(self.best_k_models, key=self.best_k_models.get, reverse=self.mode == "max")
+            self.best_model_path, self.kth_best_model_path = ranked[0], ranked[-1]
+            self.best_model_score, self.kth_value = scores[ranked[0]], scores[ranked[-1]]
+
+
+class StopIfNotFinite(pl.Callback):
+    """Raises InputError, naming fold and epoch, before an epoch with a loss that is nan or infinite is validated or kept."""
+
+    def __init__(self, fold):
+        self.fold = fold
+
+    def on_train_epoch_start(self, trainer, module):
+        self.total = 0.0
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if outputs:
+            self.total = self.total + outputs["loss"].detach()  # looked at once an epoch: each look makes a GPU wait
+
+    def on_validation_start(self, trainer, module):
+        if not math.isfinite(self.total):
+            raise InputError(
+                f"fold {self.fold} stopped: a loss of epoch {trainer.current_epoch} is not finite. Look at the labels; or "
+                f"train it anew with --fresh --folds {self.fold} and --precision 32, a smaller --gradient_clip_val or "
+                "--learning_rate (and --accept_changes, to keep the folds that are finished)"
+            )
+
+
 class EpochLog(pl.Callback):
-    """One row an epoch, as CSV (LOG_DIR/metrics/fold=K.csv) and for TensorBoard (LOG_DIR/metrics/fold=K/)."""
+    """One row per epoch, as CSV (LOG_DIR/metrics/fold=K.csv) and for TensorBoard (LOG_DIR/metrics/fold=K/)."""
 
     def __init__(self, log_dir, fold, n_folds_left=1):
-        self.path, self.fold = Path(log_dir) / "metrics" / f"fold={fold}.csv", fold
-        self.rows, self.seconds, self.n_folds_left = [], [], n_folds_left
+        self.path, self.fold, self.n_folds_left = Path(log_dir) / "metrics" / f"fold={fold}.csv", fold, n_folds_left
+        self.rows, self.seconds = [], []
+
+    def state_dict(self):
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict):
+        self.rows = state_dict["rows"]
 
     def on_fit_start(self, trainer, module):
         if trainer.is_global_zero:
             self.board = SummaryWriter(self.path.with_suffix(""), purge_step=len(self.rows))
 
-    def on_fit_end(self, trainer, module):
-        if trainer.is_global_zero:
-            self.board.close()
-
     def on_train_epoch_start(self, trainer, module):
-        self.started = time.perf_counter()
-        self.lr = trainer.optimizers[0].param_groups[0]["lr"]
+        self.started, self.lr = time.perf_counter(), trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_epoch_end(self, trainer, module):
-        logged = trainer.callback_metrics
-        metrics = {name: float(logged[name]) for name in sorted(logged) if name not in ONLY_IN_THE_BAR}
-        self.rows.append(
-            {
-                "epoch": trainer.current_epoch,
-                "lr": self.lr,
-                **metrics,
-                "seconds": round(time.perf_counter() - self.started, 2),
-            }
-        )
+        names = sorted(trainer.callback_metrics.keys() - {"loss", "lr"})  # these are of the last step
+        metrics = {name: float(trainer.callback_metrics[name]) for name in names}
+        self.seconds.append(round(time.perf_counter() - self.started, 2))
+        epoch = {"epoch": trainer.current_epoch, "lr": self.lr}
+        self.rows.append({**epoch, **metrics, "seconds": self.seconds[-1]})
         if trainer.is_global_zero:
             write_csv(self.path, pd.DataFrame(self.rows))
             for name in ("lr", *metrics):
                 self.board.add_scalar(name, self.rows[-1][name], trainer.current_epoch)
             self.board.flush()
-        if trainer.progress_bar_callback is None:
+        n_left = trainer.max_epochs - len(self.rows)
+        if not is_interactive():
             values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            say(f"fold {self.fold}, epoch {trainer.current_epoch} of {trainer.max_epochs}: {values}, lr {self.lr:.2g}")
-        self.foresee_end(trainer)
-
-    def foresee_end(self, trainer):
-        """After two epochs, say when the fold and all that follow it will be done."""
-        self.seconds.append(self.rows[-1]["seconds"])
-        if len(self.seconds) == 2 and trainer.max_epochs > len(self.rows):
-            epoch = self.seconds[-1]  # the first one warms up
-            left = (trainer.max_epochs - len(self.rows)) * epoch
-            text = f"fold {self.fold}: {epoch:.0f} s an epoch, done in about {duration(left)}"
-            more = (self.n_folds_left - 1) * trainer.max_epochs * epoch
-            say(text + (f", all {self.n_folds_left} folds in about {duration(left + more)}" if more else ""))
-
-
-def duration(seconds):
-    """Seconds as people say it."""
-    minutes = round(seconds / 60)
-    return (
-        f"{minutes // 60} h {minutes % 60} min"
-        if minutes >= 60
-        else f"{minutes} min"
-        if minutes
-        else f"{seconds:.0f} s"
-    )
-
-
-class LossNotFinite(Exception):
-    """The loss of a batch is nan or infinite; `rows`: int (n,), the batch's rows of the data set."""
-
-    def __init__(self, loss, rows):
-        super().__init__(f"the loss is {loss}")
-        self.rows = rows
-
-
-class StopIfNotFinite(pl.Callback):
-    """Raises LossNotFinite, with the rows of the first batch whose loss is nan or infinite, before the next validation.
-
-    The losses are looked at together, after every LOOK_EVERY steps: each look makes a GPU wait.
-    """
-
-    def __init__(self):
-        self.seen = []
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.seen.append((outputs["loss"].detach(), batch["row"]))
-        if len(self.seen) == LOOK_EVERY or self.seen[0][0].device.type == "cpu":
-            self.look()
-
-    def on_validation_start(self, trainer, module):
-        self.look()
-
-    def look(self):
-        if self.seen:
-            losses = torch.stack([loss for loss, _ in self.seen]).cpu()
-            bad = (~losses.isfinite()).nonzero()
-            if len(bad):
-                raise LossNotFinite(losses[bad[0]].item(), self.seen[bad[0].item()][1].cpu().numpy())
-            self.seen = []
-
-
-class SameInAllProcesses(pl.Callback):
-    """Raises InputError before the first step if one of several processes would train something else than the first.
-
-    facts: dict of name to value, of what is trained; epoch_log: EpochLog of the fold, which knows where it goes on.
-    """
-
-    def __init__(self, facts, epoch_log):
-        self.facts, self.epoch_log = facts, epoch_log
-
-    def setup(self, trainer, module, stage):
-        if trainer.world_size > 1:
-            refuse_differences(
-                {"fold": self.epoch_log.fold, "the epoch to begin with": len(self.epoch_log.rows)} | self.facts
-            )
-
-
-class OwnSignals(pl.Callback):
-    """Leaves SIGTERM to stop_cleanly: Lightning's handler waits for the other processes, which may be gone."""
-
-    def setup(self, trainer, module, stage):
-        self.handler = signal.getsignal(signal.SIGTERM)
-
-    def on_train_start(self, trainer, module):
-        signal.signal(signal.SIGTERM, self.handler)
+            of_all = f"{len(self.rows)} of {trainer.max_epochs}"
+            say(f"fold {self.fold}, epoch {trainer.current_epoch} ({of_all}): {values}, lr {self.lr:.2g}")
+        if len(self.seconds) == 2 and n_left > 0:  # the first epoch warms up
+            times = [n_left, n_left + self.n_folds_left * trainer.max_epochs]
+            fold, all_folds = (timedelta(seconds=round(n * self.seconds[1])) for n in times)
+            more = f", with the {self.n_folds_left} folds after it in {all_folds}" * (self.n_folds_left > 0)
+            say(f"fold {self.fold}: {self.seconds[1]:.0f} s an epoch, done in about {fold} (h:mm:ss){more}")
 
 
 class ResumePoint(pl.Callback):
-    """Keeps what an interrupted fold needs to go on, LOG_DIR/fold=K-last.ckpt, and goes on from it if it is there.
+    """Keeps what an interrupted fold needs to go on, LOG_DIR/fold=K-last.ckpt: a checkpoint for Lightning's `ckpt_path`.
 
-    Holds the weights, the states of optimizer, schedule and loss scaler, the log and the best checkpoints so far. It is
-    written between two epochs, where nothing is half done, at most every RESUME_EVERY seconds. All else that an epoch
-    depends on follows from its number. Not Lightning's own resuming: that leaves out the schedule's step after the epoch
-    at whose end it saved, and forgets the best checkpoints if the log directory was moved.
+    It is written between two epochs, at most every RESUME_EVERY seconds: when the next epoch is about to start, as only
+    then ReduceLROnPlateau has been stepped, and not at all after the last one.
     """
 
-    def __init__(self, log_dir, fold, log, best):
-        self.path, self.fold, self.epoch_log, self.best = resume_path(log_dir, fold), fold, log, best
-        self.state = load_checkpoint(self.path) if self.path.exists() else None
-        if self.state:
-            log.rows = self.state["rows"]
-            say(f"fold {fold}: going on after epoch {len(log.rows) - 1}")
+    def __init__(self, log_dir, fold):
+        self.log_dir, self.fold = Path(log_dir).resolve(), fold
 
     def on_fit_start(self, trainer, module):
-        self.written = time.monotonic()
-        if self.state is None:
-            return
-        module.load_state_dict(self.state["state_dict"])
-        optimizer = trainer.optimizers[0]
-        optimizer.load_state_dict(self.state["optimizer"])
-        if "fused" in optimizer.defaults:
-            for group in optimizer.param_groups:
-                group["fused"] = optimizer.defaults["fused"]  # what this device wants, not the one before
-        trainer.lr_scheduler_configs[0].scheduler.load_state_dict(self.state["schedule"])
-        if self.state["scaler"]:
-            trainer.precision_plugin.load_state_dict(self.state["scaler"])
-        progress = trainer.fit_loop.epoch_progress.current
-        progress.ready = progress.started = progress.processed = progress.completed = len(self.epoch_log.rows)
-        folder = Path(self.best.dirpath)
-        best = {**self.state["best"], "dirpath": self.best.dirpath}
-        best["best_k_models"] = {str(folder / name): score for name, score in best["best_k_models"].items()}
-        for name in ("best_model_path", "kth_best_model_path"):
-            best[name] = str(folder / best[name]) if best[name] else ""
-        self.best.load_state_dict(best)
-        self.state = None
-        if trainer.is_global_zero:  # checkpoints of epochs after this one, which will be trained again
-            for path in set(folder.glob(f"fold={self.fold}-epoch=*.ckpt")) - set(map(Path, best["best_k_models"])):
-                remove(path)
+        known = set(trainer.checkpoint_callback.best_k_models)
+        if trainer.is_global_zero:  # checkpoints of epochs that were lost, and will be trained again
+            for path in self.log_dir.glob(f"fold={self.fold}-epoch=*.ckpt"):
+                if str(path) not in known:
+                    remove(path)
+
+    def on_train_start(self, trainer, module):
+        signal.signal(
+            signal.SIGTERM, signal.SIG_DFL
+        )  # Lightning's handler waits for other processes, which may be gone
+        self.first_epoch, self.written = trainer.current_epoch, time.monotonic()
 
     def on_train_epoch_start(self, trainer, module):
-        if not trainer.is_global_zero or not self.epoch_log.rows or time.monotonic() < self.written + RESUME_EVERY:
-            return
-        best = {**self.best.state_dict(), "dirpath": None}
-        best["best_k_models"] = {Path(path).name: score for path, score in best["best_k_models"].items()}
-        for name in ("best_model_path", "kth_best_model_path"):
-            best[name] = Path(best[name]).name
-        state = {
-            "state_dict": module.state_dict(),
-            "optimizer": trainer.optimizers[0].state_dict(),
-            "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
-            "scaler": trainer.precision_plugin.state_dict(),
-            "best": best,
-            "rows": self.epoch_log.rows,
-        }
-        trainer.strategy.checkpoint_io.save_checkpoint(state, self.path)
-        self.written = time.monotonic()
+        due = trainer.current_epoch > self.first_epoch and time.monotonic() > self.written + RESUME_EVERY
+        if trainer.strategy.broadcast(due):
+            counts = trainer.fit_loop.epoch_progress.total, trainer.fit_loop.epoch_progress.current
+            for count in counts:  # in what is kept, this epoch is not yet begun
+                count.ready -= 1
+            trainer.save_checkpoint(resume_path(self.log_dir, self.fold))
+            for count in counts:
+                count.ready += 1
+            self.written = time.monotonic()

@@ -1,23 +1,28 @@
-"""What a user sees: lines with the time of day, one-line errors, and a clean end at Ctrl-C and SIGTERM."""
+"""What a user types and sees: the command line, lines with the time of day, errors of one line."""
 
+import argparse
+import difflib
 import logging
+import math
 import os
+import re
 import signal
-import socket
 import sys
-import threading
 import time
 import warnings
-from contextlib import contextmanager, suppress
 
-PATIENCE = 10  # seconds that a signal waits for the main thread, which may wait in C for another process or device
+# Set in processes that train.py has started: what their lines begin with, for example "fold 0 | ".
+PREFIX = os.environ.get("PLANT_PATHOLOGY_PREFIX")
+MAIN_PROCESS = os.getpid()  # loaders' workers are forked from it
+GO_ON = "the same command (without --fresh) goes on from there"
 
 
 class InputError(SystemExit):
     """Something the user can put right: one clear line on stderr and exit status 1, no traceback."""
 
     def __init__(self, message):
-        super().__init__(f"error: {message}")
+        super().__init__(f"{PREFIX or ''}error: {message}")
+        self.message = message
 
 
 def raise_all(path, problems, shown=10):
@@ -32,121 +37,96 @@ def is_first_process():
     return os.environ.get("RANK" if "TORCHELASTIC_RUN_ID" in os.environ else "SLURM_PROCID", "0") == "0"
 
 
+def is_interactive():
+    """Whether somebody watches a progress bar; elsewhere one line per epoch is easier to read."""
+    return PREFIX is None and sys.stdout.isatty()
+
+
 def say(message):
     """Print at once, with the time of day: what a log of hours is read by. Only the first process speaks."""
     if is_first_process():
-        print(f"[{time.strftime('%H:%M:%S')}] {message}", flush=True)
+        print(f"{PREFIX or ''}[{time.strftime('%H:%M:%S')}] {message}", flush=True)
 
 
-def how_to_go_on():
-    """What to type after an interruption, as text."""
-    return "the same command" + (", without --fresh," if "--fresh" in sys.argv else "") + " goes on from there"
-
-
-class Stopped(SystemExit):
-    """Ctrl-C or SIGTERM, as an exception that ends the process with status 130 or 143."""
-
-
-@contextmanager
-def stop_cleanly(kept):
-    """Within the block Ctrl-C and SIGTERM raise Stopped; before the process ends it prints what is kept: `kept()`.
-
-    A second Ctrl-C always ends it at once, and so does the first signal if the main thread does not answer in PATIENCE
-    seconds. Loader workers forked meanwhile ignore both signals: the process that started them ends them.
-    """
-    received, tidying = [], threading.Event()
-    owner, before = os.getpid(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def stop(number, frame):
-        if os.getpid() == owner and not received:
-            tidying.set()
-            if hasattr(
-                signal, "SIGCHLD"
-            ):  # torch's handler raises an error for a worker that the same signal has ended
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            received.append(number)
-            raise Stopped(128 + number)
-
-    with end_in_time(tidying):
-        for number in before:
-            signal.signal(number, stop)
-        try:
-            yield
-        except BaseException as error:  # torch.save, interrupted, makes a RuntimeError of it
-            if not received and not isinstance(error, Stopped):
-                raise
-            if text := kept():
-                say(f"stopped: {text}")
-            raise Stopped(128 + received[0] if received else error.code) from error
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-@contextmanager
-def end_in_time(tidying):
-    """Within the block a thread hears of every signal, also while the main thread, which handles them, waits in C.
-
-    It ends the process at a second Ctrl-C, or if `tidying` (threading.Event) is not set in PATIENCE seconds.
-    """
-    ear, mouth = socket.socketpair()
-    mouth.setblocking(False)
-
-    def listen():
-        first = None
-        while True:
-            try:
-                number = next(iter(ear.recv(1)), None)
-            except TimeoutError:
-                if not tidying.is_set():
-                    leave(first)
-                ear.settimeout(None)
-                continue
-            if number is None:  # the block is over
-                return
-            if first is None and number in (signal.SIGINT, signal.SIGTERM):
-                first = number
-                ear.settimeout(PATIENCE)
-            elif number == signal.SIGINT:
-                leave(number)
-
-    def leave(number):
-        with suppress(OSError):
-            os.write(2, b"ended at once: what was written before is whole, and is kept\n")
-        os._exit(128 + number)
-
-    before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=listen, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        mouth.close()
-        thread.join()
-        ear.close()
-
-
-if hasattr(os, "register_at_fork"):  # or a loader's worker would report its signals to the thread of its parent
-    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
-
-
-@contextmanager
-def default_signals():
-    """Within the block, which waits in C, where no Python handler runs, Ctrl-C and SIGTERM end the process at once."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def stop(number, frame=None):
+    """Signal handler of Ctrl-C: one line, then what a kill does, as all that is written is whole."""
+    if PREFIX is None and os.getpid() == MAIN_PROCESS:  # otherwise the process that has started this one says it
+        say(f"stopped: what is written is whole; {GO_ON}")
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def quiet_libraries():
-    """Silence what Lightning says about settings that we made on purpose."""
+    """Silence what Lightning and torch say about settings that we made on purpose, and about each other."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")  # it holds folds
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own affair with torch
-    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what we log is the same on all devices
-    warnings.filterwarnings("ignore", message=".*`lr_scheduler.step.. before `optimizer.step.*")
+    words = (
+        "does not have many workers|Checkpoint directory|LeafSpec|sync_dist=True|lr_scheduler.step.. before `optimizer"
+    )
+    warnings.filterwarnings("ignore", message=f".*({words}|parameter 'pretrained'|weight enum or .None.)")
+
+
+# ---------------------------------------------------------------------------------------------- the command line
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of a script's docstring and adds the defaults, where there are any."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """A strict command line: no abbreviations, errors of one line. doc: the script's docstring."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; {self.prog} --help lists all options\n")
+
+
+def number(kind, least, most, words):
+    """A type for argparse: an int or a float (`kind`) from `least` to `most`, `words` for what it must be."""
+
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not {words}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+positive = number(int, 1, 2**63, "1 or more")
+not_negative = number(int, 0, 2**32 - 1, "between 0 and 4294967295")
+positive_number = number(float, math.ulp(0), sys.float_info.max, "a positive number")
+share = number(float, 0, 1, "between 0 and 1")
+pixels = number(int, 32, 2**31, "32 pixels or more, which the network needs")
+
+
+def file_or_folder(text):
+    if not text.isprintable() or "::" in text or "://" in text:  # bytes that are no UTF-8; Lightning's signs of a URL
+        raise argparse.ArgumentTypeError(f"{text!r} is no plain name of a file or folder: rename it")
+    return os.path.expanduser(text)  # bash leaves the ~ of --log_dir=~/logs to the program
+
+
+def parse_args(parser, argv=None):
+    """Parse `argv`; `args.typed` is the set of option names that were given, not left at their defaults."""
+    if argv is None:
+        signal.signal(signal.SIGINT, stop)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show must not end the script
+            stream.reconfigure(errors="backslashreplace")
+    argv, known = list(sys.argv[1:] if argv is None else argv), parser._option_string_actions
+    for option in (word.split("=")[0] for word in argv[: argv.index("--") if "--" in argv else None]):
+        if re.match("--?[A-Za-z]", option) and option not in known:  # allow_abbrev=False leaves -t for -tbs alone
+            close = difflib.get_close_matches(option, known, n=1)
+            parser.error(f"unrecognized option {option}" + f", did you mean {close[0]}?" * bool(close))
+    unset, defaults = object(), {name: parser.get_default(name) for name in (a.dest for a in parser._actions)}
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults.keys() - {"help"}, unset)))
+    args.typed = {name for name in defaults if getattr(args, name, unset) is not unset}
+    vars(args).update({name: defaults[name] for name, value in vars(args).items() if value is unset})
+    if hasattr(args, "folds"):
+        args.folds = sorted(set(args.folds))
+    return args

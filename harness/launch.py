@@ -1,184 +1,139 @@
-"""How train.py becomes several processes: one a device for each fold (DDP), a fold a device, or those of a cluster."""
+"""How train.py becomes several processes: one for each device (DDP), a fold on each device, or those of a cluster."""
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import timedelta
-from queue import SimpleQueue
 
+import torch.distributed.run
 from joblib import cpu_count
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning_fabric.strategies import DDPStrategy
-from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from harness.console import InputError, Stopped, default_signals, how_to_go_on
+from harness.console import GO_ON, PREFIX, InputError, say, stop
 
-LAUNCHED = "PLANT_PATHOLOGY_LAUNCHED"  # the process id of the train.py that has started this one
-IS_LAUNCHED = LAUNCHED in os.environ
-WAIT = 30 * 60  # seconds for the other processes: each machine may first have to decode all photos
+JOIN_TIMEOUT = 30 * 60  # seconds for the other processes: each machine may first have to decode all photos
 
 
-def cluster_environment():
-    """How this process finds those that train together with it, for Lightning; alone unless torchrun or srun started it.
+def find_processes():
+    """How this process finds those that train together with it, for Lightning; how many they are in all; how many here.
 
-    In an allocation without srun (`#SBATCH -n 8` to get cores, a notebook) SLURM's variables are there, the others not.
-    Lightning's own requeueing is off: folds of an array job would load each other's checkpoints.
+    Alone unless torchrun or srun started it: in an allocation without srun (`#SBATCH -n 8` to get cores, a notebook)
+    SLURM's variables are there, the others not. Lightning's own requeueing is off: folds of an array job would load each
+    other's checkpoints.
     """
     if TorchElasticEnvironment.detect():
-        return TorchElasticEnvironment()
+        return TorchElasticEnvironment(), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     step = os.environ.get("SLURM_STEP_ID", "none")
     if SLURMEnvironment.detect() and step.isdigit() and int(step) < 2**32 - 16:  # above: salloc's shell, a batch script
         try:
-            return SLURMEnvironment(auto_requeue=False)
+            n = int(os.environ["SLURM_NTASKS"])
+            return SLURMEnvironment(auto_requeue=False), n, n // int(os.environ["SLURM_NNODES"])
         except RuntimeError as error:  # Lightning wants to know how many there are on each machine
             raise InputError("SLURM: give --ntasks-per-node in place of --ntasks (docs/clusters.md)") from error
-    return LightningEnvironment()
+    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and PREFIX is None:
+        say("note: SLURM has given this job several tasks, but one process was started: srun python … starts them all")
+    return LightningEnvironment(), 1, 1
 
 
-def is_one_of_several_processes():
-    """Whether this process is one of several that train together: started by us, by torchrun, or by SLURM's srun."""
-    environment = cluster_environment()
-    return isinstance(environment, TorchElasticEnvironment) or environment.world_size() > 1
-
-
-def join_processes(device, indices, num_nodes):
+def join_processes(run):
     """Meet the processes that torchrun or srun has started beside this one; returns a function that waits for them.
 
-    Raises InputError if there are not as many as `indices` (the devices of each machine) and `num_nodes` promise, or if
-    they do not come within WAIT seconds.
+    Ctrl-C and SIGTERM end the process at once from here on: it often waits in C, where no Python handler runs.
+    Raises InputError if the others do not come within JOIN_TIMEOUT, or have ended.
     """
-    environment = cluster_environment()
-    try:
-        fabric = Fabric(
-            accelerator="gpu" if device == "cuda" else "cpu",
-            devices=indices if device == "cuda" else len(indices),
-            num_nodes=num_nodes,
-            strategy=DDPStrategy(timeout=timedelta(seconds=WAIT)),
-            plugins=[environment],
-        )
-        with waiting_for_others(environment):
-            fabric.launch()
-    except ValueError as error:  # Lightning's, about numbers that do not fit
-        raise InputError(f"{' '.join(str(error).split())} (see --gpus, --cpu_processes and --num_nodes)") from error
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+    rank, n, where = run.cluster.global_rank(), run.cluster.world_size(), run.cluster.main_address
+    waiting = f"process {rank} of {n} waits for the others at {where}:{run.cluster.main_port}"
+    if PREFIX is None:
+        say(waiting)
+    fabric = Fabric(
+        accelerator=run.accelerator,
+        devices=run.devices,
+        num_nodes=run.num_nodes,
+        strategy=DDPStrategy(timeout=timedelta(seconds=JOIN_TIMEOUT)),
+        plugins=[run.cluster],
+    )
 
-    def wait_for_all():
-        with waiting_for_others(environment):
-            fabric.barrier()
+    def meet(wait):
+        try:
+            wait()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{waiting} in vain ({reason}): see what they say, and whether all were started"
+            ) from error
 
-    return wait_for_all
-
-
-@contextmanager
-def waiting_for_others(environment):
-    """Within the block, which waits in C for the other processes: say so after 10 seconds, and let signals end it.
-
-    Raises InputError if they do not come within WAIT seconds, or have ended.
-    """
-    rank, n = environment.global_rank(), environment.world_size()
-    what = f"process {rank} of {n} waits for the others at {environment.main_address}:{environment.main_port}"
-    text = f"{what}, for {timedelta(seconds=WAIT)} at most; Ctrl-C ends it"
-    timer = threading.Timer(10, print, (f"[{time.strftime('%H:%M:%S')}] {text}",), {"flush": True})
-    timer.start()
-    try:
-        with default_signals():
-            yield
-    except (DistError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{what} in vain ({reason}): see what they say, whether all {n} were started, and whether this address and "
-            "port can be reached from each machine"
-        ) from error
-    finally:
-        timer.cancel()
+    meet(fabric.launch)
+    return lambda: meet(fabric.barrier)
 
 
-def end_with_launcher():
-    """End this process when the one that launched it has been killed: it would go on unseen, and hinder the next start."""
-    launcher = int(os.environ[LAUNCHED])
-
-    def watch():
-        while os.getppid() == launcher:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)  # it may wait for processes that are gone too
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def end_with_parent():
+    """Let Linux kill this process when the one that started it dies: it would go on unseen, and hinder the next start."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def share_cores(n):
-    """The environment of each of `n` processes on this machine."""
-    return {
-        **os.environ,
-        LAUNCHED: str(os.getpid()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cpu_count() // n))),
-    }
+def environment_of(n, prefix):
+    """The environment of each of `n` processes on this machine, whose lines begin with `prefix`."""
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cpu_count() // n)))
+    return {**os.environ, "PLANT_PATHOLOGY_PREFIX": prefix, "OMP_NUM_THREADS": threads}
 
 
 def launch_processes(n):
-    """Run this command again as one process a device, by torch's own launcher, which ends them all when one dies."""
-    os.environ.update(share_cores(n))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=n,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=str(os.getpid()),
-        max_restarts=0,
-    )
+    """Run this command again as n processes, by torch's own launcher, which ends them all when one dies.
+
+    Ends this process as they ended; they have said why, unless one was killed.
+    """
+    os.environ.update(environment_of(n, prefix=""), LOGLEVEL="CRITICAL")  # or it repeats their errors in twenty lines
+    # all on this machine, whose own name may be unknown to it
+    where = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--local_addr=localhost"]
     try:
-        elastic_launch(config, sys.executable)(*sys.argv)
+        torch.distributed.run.main([*where, f"--nproc_per_node={n}", *sys.argv])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:  # otherwise the process has said why
+        if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
-            raise InputError(
-                f"process {rank} of {n} was killed ({name}), the others are ended; {how_to_go_on()}"
-            ) from error
+            raise InputError(f"process {rank} of {n} was killed ({name}), the others are ended; {GO_ON}") from error
         raise SystemExit(1) from error
     except SignalException as error:
-        raise Stopped(128 + error.sigval) from error
+        stop(error.sigval)
 
 
-def launch_folds(folds, device, indices, num_workers):
-    """Run this command once a fold, each on one device, as many at once as there are devices; returns failed folds.
+def launch_folds(folds, kind, indices, num_workers):
+    """Run this command once for each fold, each on one device, as many at once as there are devices; returns failed folds.
 
-    num_workers: of each. Their lines appear behind the number of their fold.
+    num_workers: of each. Their lines begin with their fold.
     """
-    words = [word for word in sys.argv if word != "--parallel_folds"]
-    environment, free, running = share_cores(len(indices)), SimpleQueue(), set()
-    for index in indices:
-        free.put(index)
-
-    def run(fold):
-        index = free.get()
-        on = ["--gpus", str(index)] if device == "cuda" else ["--cpu_processes", "1"]
-        command = [sys.executable, *words, "--folds", str(fold), "--num_workers", str(num_workers), *on]
-        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        with subprocess.Popen(command, env=environment, text=True, errors="replace", **pipe) as process:
-            running.add(process)
-            for line in process.stdout:
-                print(f"fold {fold} | {line}", end="", flush=True)
-        running.remove(process)
-        free.put(index)
-        return process.returncode
-
-    pool = ThreadPoolExecutor(len(indices))
+    words = [
+        sys.executable,
+        *(word for word in sys.argv if word != "--parallel_folds"),
+        "--num_workers",
+        str(num_workers),
+    ]
+    waiting, running, failed = list(folds), {}, []
     try:
-        codes = list(pool.map(run, folds))
+        while waiting or running:
+            for index in indices:
+                fold, process = running.get(index, (None, None))
+                if process and process.poll() is not None:
+                    del running[index]
+                    failed += [fold] * (process.returncode != 0)
+                if waiting and index not in running:
+                    fold = waiting.pop(0)
+                    on = ["--gpus", str(index)] if kind == "cuda" else ["--cpu_processes", "1"]
+                    how = {"env": environment_of(len(indices), prefix=f"fold {fold} | "), "preexec_fn": end_with_parent}
+                    running[index] = fold, subprocess.Popen([*words, *on, "--folds", str(fold)], **how)
+            time.sleep(0.05)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(running):
+        for _, process in running.values():
             process.terminate()
-        pool.shutdown()
-    return [fold for fold, code in zip(folds, codes, strict=True) if code]
+    return failed

@@ -149,6 +149,23 @@ def run_script(script, *arguments, check=True, **options):
     return done
 
 
+def copy_recipe(folder):
+    """Copy the recipe and its rooms into a new folder, to be edited; returns it."""
+    folder.mkdir(parents=True)
+    for path in REPO.glob("*.py"):
+        shutil.copy(path, folder)
+    for room in ("harness", "analysis"):
+        shutil.copytree(REPO / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def edit(path, old, new):
+    """Replace a text that stands in a file exactly once."""
+    text = path.read_text()
+    assert text.count(old) == 1, f"{path}: {old}"
+    path.write_text(text.replace(old, new))
+
+
 def shared_folder(tmp_path_factory, name, fill):
     """A folder that the first of all test processes that asks for it fills by `fill(folder)`; for reading only."""
     root = tmp_path_factory.getbasetemp()

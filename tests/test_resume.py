@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,22 +14,26 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import QUICK, REPO, SMALL, run_script, start_script, wait_until
+from conftest import QUICK, REPO, SMALL, copy_recipe, edit, run_script, start_script, wait_until
 
 # Runs a script that keeps what it has at every opportunity, and kills itself (SIGKILL) when a moment is reached.
 KILLER = """
 import importlib, os, signal, sys
+import torch
 import train
-from harness import callbacks, prediction
-from models import LeafModule
-from models import LeafNet
-from harness.command_line import parse_args
+from harness import callbacks, prediction, run
+from models import LeafModule, LeafNet
+from harness.console import parse_args
 from utils import make_prediction_parser, make_training_parser
 
 script, moment, *sys.argv[1:] = sys.argv[1:]
-callbacks.RESUME_EVERY = prediction.KEEP_EVERY = 0
+callbacks.RESUME_EVERY = prediction.KEEP_EVERY = -1
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 kind, _, rest = moment.partition(":")
+if "LOSS_SCALER" in os.environ:  # as on a GPU: --precision 16 is refused on a CPU
+    scaler, unscale = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3), run.UnscaleFirst
+    run.choose_precision = lambda precision, device: "16"
+    run.UnscaleFirst = lambda precision, device: unscale(precision, "cpu", scaler)
 if kind == "epoch":  # in the second batch of this epoch
     step = LeafModule.training_step
     def training_step(self, batch, batch_idx):
@@ -44,7 +47,7 @@ elif kind == "batch":  # before this batch of a prediction
 elif kind in ("half", "before", "after"):  # while, before or after a file with this in its name is put in its place
     replace = os.replace
     def replace_or_die(source, target):
-        if rest not in str(target):
+        if rest not in str(target) or "hparams" in rest and "result:" not in open(source).read():
             return replace(source, target)
         if kind == "half":
             os.truncate(source, os.path.getsize(source) // 2)
@@ -58,13 +61,15 @@ module.main(parse_args((make_training_parser if script == "train" else make_pred
 # More epochs than checkpoints are kept: once with the real network, else with one that is quicker.
 REAL = ["--max_epochs", 4, "--folds", 0, "--keep_checkpoints", 3]
 LONG = ["--max_epochs", 5, "--folds", 0, "--keep_checkpoints", 3, "--backbone", "resnet18"]
+ONE = ["--max_epochs", 5, "--folds", 0, "--keep_checkpoints", 1, "--backbone", "resnet18"]
+WORKERS = [*LONG[:-2], "--num_workers", 2, *LONG[-2:]]
 TRIANGULAR = ["--max_epochs", 3, "--folds", 0, "--backbone", "resnet18", "--lr_schedule", "triangular"]
 SHORT = ["--max_epochs", 2, "--folds", 0, 1, "--backbone", "resnet18"]
 
 
-def run_and_die(script, moment, folder, *options, cold=False):
+def run_and_die(script, moment, folder, *options, cold=False, **environment):
     """Run a script until it kills itself at `moment`, or to its end for the moment "never"; returns what it printed."""
-    done = run_script("-c", KILLER, script, moment, *options, cwd=folder, check=False, cold=cold)
+    done = run_script("-c", KILLER, script, moment, *options, cwd=folder, check=False, cold=cold, **environment)
     assert done.returncode == (0 if moment == "never" else -signal.SIGKILL), done.stdout + done.stderr
     return done.stdout
 
@@ -104,13 +109,15 @@ def uninterrupted(sample, tmp_path_factory):
     "moment, options, goes_on_after",
     [
         ("epoch:3", REAL, 2),  # in the last epoch: some of the checkpoints written before are replaced already
+        ("epoch:3", WORKERS, 2),  # Lightning asks them for the order of an epoch before it has told the sampler which
         ("epoch:0", LONG, None),  # before the first epoch is kept
         ("half:epoch=3", LONG, 2),  # a checkpoint half written
         ("after:epoch=3", LONG, 2),  # a checkpoint written, the resume point not yet
+        ("after:epoch=2", ONE, 1),  # the only checkpoint, which the resume point names, was replaced by a lost epoch's
         ("half:last.ckpt", SHORT, None),  # the first resume point half written
         ("half:fold=0.csv", SHORT, None),  # the metrics half written
-        ("before:result.csv", SHORT, 0),  # the fold trained, its result not written
-        ("after:result.csv", SHORT, "finished"),  # the result written, nothing tidied
+        ("before:fold=0/hparams.yaml", SHORT, 0),  # the fold trained, its result not written
+        ("after:fold=0/hparams.yaml", SHORT, "finished"),  # the result written, nothing tidied
         ("half:results.csv", SHORT, "finished"),  # between two folds
         ("epoch:2", TRIANGULAR, 1),
     ],
@@ -175,64 +182,29 @@ def test_kept_predictions_of_other_checkpoints_or_options_are_not_taken(trained,
     assert "taken from" not in run_script(*predict, "--val_batch_size", 4, cwd=tmp_path / "run").stdout
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_and_sigterm_say_what_is_kept_and_leave_no_process_behind(number, status, sample, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_with_one_line_and_sigterm_at_once_and_no_process_is_left(number, sample, tmp_path):
     options = ["--folds", 2, "--max_epochs", 5000, "--num_workers", 2]
     script = start_script("train.py", "--data_dir", sample, *QUICK, *options, cwd=tmp_path)
-    metrics = tmp_path / "logs" / "metrics" / "fold=2.csv"
-    wait_until(metrics.exists, script)
+    wait_until((tmp_path / "logs" / "metrics" / "fold=2.csv").exists, script)
     script.kill_group(number)  # as the terminal does, to the loader's workers too
-    assert script.wait(60) == status
-    assert "stopped: no epoch was kept yet" in script.stdout.splitlines()[-1] and "Traceback" not in script.stderr
+    assert script.wait(60) == -number, script.stdout + script.stderr  # as a shell sees it: 130 and 143
+    assert "Traceback" not in script.stderr
+    if number == signal.SIGINT:
+        assert "stopped: what is written is whole; the same command" in script.stdout.splitlines()[-1]
     assert script.group_is_gone()
 
 
-STUCK = """
-import ctypes
-from harness import console
-console.PATIENCE = 3
-c, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
-c.pthread_mutex_lock(lock)
-with console.stop_cleanly(lambda: "kept"):
-    print("waiting in C", flush=True)
-    c.pthread_mutex_lock(lock)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="waits for a lock of Linux' C library")
-def test_what_waits_in_c_ends_at_a_second_ctrl_c_or_after_a_while(tmp_path):
-    """There no Python handler runs: so waits for a GPU, or for another process, end."""
-    script = start_script("-c", STUCK, cwd=tmp_path)
-    wait_until(lambda: "waiting in C" in script.stdout, script)
-    os.kill(script.pid, signal.SIGINT)
-    time.sleep(0.3)
-    assert script.poll() is None
-    os.kill(script.pid, signal.SIGINT)
-    assert script.wait(2) == 130
-    script = start_script("-c", STUCK, cwd=tmp_path)
-    wait_until(lambda: "waiting in C" in script.stdout, script)
-    os.kill(script.pid, signal.SIGTERM)
-    assert script.wait(20) == 143
-
-
-TIDYING = """
-import time
-from harness.console import stop_cleanly
-def kept():
-    print("tidying", flush=True)
-    time.sleep(600)
-with stop_cleanly(kept):
-    print("at work", flush=True)
-    time.sleep(600)
-"""
-
-
-def test_a_second_ctrl_c_ends_what_takes_long_to_tidy(tmp_path):
-    script = start_script("-c", TIDYING, cwd=tmp_path)
-    for said in ("at work", "tidying"):
-        wait_until(lambda said=said: said in script.stdout, script)
-        os.kill(script.pid, signal.SIGINT)
-    assert script.wait(5) == 130
+def test_the_state_of_the_loss_scaler_is_kept(sample, tmp_path):
+    """fp16 with a scaler that changes its factor every third step, on a CPU in place of a GPU."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    options = ["--data_dir", sample, *QUICK, "--max_epochs", 3, "--folds", 0]
+    run_and_die("train", "never", whole, *options, LOSS_SCALER="1")
+    run_and_die("train", "epoch:2", killed, *options, LOSS_SCALER="1")
+    assert "going on after epoch 1" in run_and_die("train", "never", killed, *options, LOSS_SCALER="1")
+    assert outcome(killed) == outcome(whole)
 
 
 def test_an_interrupted_prediction_keeps_what_it_has(trained, tmp_path):

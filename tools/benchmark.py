@@ -6,7 +6,6 @@ Reads   nothing: it renders its own photos of 2048x1365, as large as the competi
 Expect  a few minutes on a CPU; a table of medians with ratios, and an estimate of the five steps at 480x768, 70 epochs.
 """
 
-import argparse
 import resource
 import statistics
 import tempfile
@@ -19,8 +18,7 @@ import pytorch_lightning as pl
 import torch
 
 from dataset import EpochSampler, LeafDataset, fit_photo, load_photo, make_loader, train_augmentation
-from harness.command_line import HelpFormatter, positive
-from harness.console import quiet_libraries
+from harness.console import Parser, positive, quiet_libraries
 from harness.devices import autocast, choose_device, choose_precision
 from harness.photos import cache_images
 from harness.prediction import COMPILE_FROM, compile_network, fold_batch_norm
@@ -204,7 +202,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--repeats", type=positive, default=5, help="measurements of each, after one to warm up")
     parser.add_argument("--num_workers", type=positive, default=torch.get_num_threads(), help="of the whole loader")
     main(parser.parse_args())

@@ -7,7 +7,6 @@ Writes  demo/: sample/ (the rendered data set), logs/, logs_submit_distill/, and
 Expect  every command as it is run, its progress, and in the end a table of AUCs; the sample's test labels are known.
 """
 
-import argparse
 import os
 import shlex
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from harness.command_line import HelpFormatter
+from harness.console import Parser, parse_args
 from utils import CLASSES, mean_auc
 
 REPO = Path(__file__).parent.parent
@@ -59,7 +58,7 @@ def auc_table():
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args()
+    parse_args(Parser(__doc__))
     started = time.monotonic()
     FOLDER.mkdir(exist_ok=True)
     run(f"-m tools.generate_sample_data {SAMPLE}")

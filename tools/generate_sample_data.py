@@ -10,7 +10,6 @@ The same arguments give the same bytes on the same machine. Expect about 15 s fo
 The drawings exercise the pipeline; scores on them say nothing about real leaves.
 """
 
-import argparse
 import colorsys
 import json
 import math
@@ -24,8 +23,7 @@ import pandas as pd
 from joblib import cpu_count
 from tqdm import tqdm
 
-from harness.command_line import HelpFormatter, not_negative, positive
-from harness.console import InputError
+from harness.console import InputError, Parser, not_negative, positive
 from harness.files import write_csv
 from utils import CLASSES
 
@@ -312,7 +310,7 @@ def generate(out, n_train, n_test, photo_size, seed, threads):
 
 def main(argv=None):
     """Parse the command line, refuse to touch a folder with other contents, and generate."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser = Parser(__doc__)
     what = parser.add_argument_group("what to draw")
     what.add_argument("--n_train", type=positive, default=240, help="number of training photos")
     what.add_argument("--n_test", type=positive, default=120, help="number of test photos")

@@ -8,7 +8,6 @@ Expect  a row a check: ok, failed, or a figure. On a machine without a GPU the s
         photos, and say so: that shows that they work, and nothing about a GPU.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -27,8 +26,7 @@ from torch.utils.data import DataLoader
 
 from dataset import EpochSampler, LeafDataset, make_loader, train_augmentation
 from harness.callbacks import UnscaleFirst
-from harness.command_line import HelpFormatter, file_or_folder, not_negative, parse_args
-from harness.console import InputError, quiet_libraries
+from harness.console import InputError, Parser, file_or_folder, not_negative, parse_args, quiet_libraries
 from harness.devices import (
     autocast,
     check_shared_memory,
@@ -522,7 +520,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     group = parser.add_argument_group("how")
     group.add_argument(
         "--num_workers", type=not_negative, default=min(8, cpu_count()), help="processes that load photos"

@@ -16,11 +16,11 @@ import torch
 
 from analysis.figures import augmentation_pictures, tta_views
 from dataset import fit_photo, load_photo
-from harness.command_line import HelpFormatter
-from harness.log_dir import read_hparams, read_results
+from harness.console import Parser, parse_args
 from harness.photos import decode_photo
 from harness.prediction import load_network
-from harness.tables import read_test_ids, read_train_csv
+from harness.record import read_record, read_results
+from harness.tables import read_test_ids
 from models import SCHEDULES, LeafNet
 from tools.demo import FOLDER, REPO
 from utils import CLASSES
@@ -65,7 +65,7 @@ def draw_grid(path, pictures, columns, width=3.0):
 def tta_pictures():
     """The eight views of a test photo, with what the network of fold 0 makes of each and of their mean."""
     log_dir = FOLDER / "logs"
-    options = read_hparams(log_dir)["options"]
+    options = read_record(log_dir / "hparams.yaml")["options"]
     args = argparse.Namespace(seed=options["seed"], tta_draws=8)
     image_id = read_test_ids(FOLDER / "sample", CLASSES)[4]
     path = FOLDER / "sample" / "images" / f"{image_id}.jpg"
@@ -87,7 +87,7 @@ def tta_pictures():
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args()
+    parse_args(Parser(__doc__))
     DOCS.mkdir(exist_ok=True)
     draw_schedule(DOCS / "schedule.png")
     train = read_train_csv(FOLDER / "sample", CLASSES)

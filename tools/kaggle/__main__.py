@@ -18,8 +18,7 @@ import re
 import tarfile
 from pathlib import Path
 
-from harness.command_line import HelpFormatter, file_or_folder, parse_args, positive, positive_number
-from harness.console import say
+from harness.console import Parser, file_or_folder, parse_args, positive, positive_number, say
 from harness.files import atomic_write
 
 REPO = Path(__file__).parent.parent.parent
@@ -85,7 +84,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("name", type=kaggle_name, help="your name at Kaggle, as in the address of your profile")
     group = parser.add_argument_group("the session")
     group.add_argument("--session", type=positive, default=1, metavar="N", help="the N-th, after N - 1 were cut short")
