@@ -121,7 +121,7 @@ def make_prediction_parser(doc, log_dir="logs"):
     prediction.add_argument(
         "--accept_changes", action="store_true", help="predict though the network or fit_photo was edited since"
     )
-    parser.set_defaults(limit=None)  # as the training had it
+    parser.set_defaults(limit=None, backbone=None, image_size=None)  # as the training had it
     return parser
 
 

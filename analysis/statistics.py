@@ -8,13 +8,11 @@ from scipy.special import stdtrit
 RESAMPLES = 2000
 FEW = 3000  # photos; with more, the degrees of freedom decide nothing, and the jackknife takes long
 
-# ---------------------------------------------------------------------------------------------- figures
-
 
 def weighted_auc(is_positive, scores, weights):
     """ROC AUC in which a photo counts as often as its weight says: float (r,), nan without positives or negatives.
 
-    is_positive: bool (n,); scores: float (n,); weights: float (r, n), a row a resample. Equal scores count half.
+    is_positive: bool (n,); scores: float (n,); weights: float (r, n), one row per resample. Equal scores count half.
     """
     order = np.argsort(scores, kind="stable")
     starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # of each group of equal scores
@@ -28,27 +26,19 @@ def weighted_auc(is_positive, scores, weights):
 
 
 def measure(labels, probabilities, classes, weights=None):
-    """The figures of one run: dict of name to float (r,), a value a resample; without `weights` of all photos, once.
+    """The figures of one run: dict of name to float (r,), one value per resample; without `weights` of all photos, once.
 
     labels: int (n,); probabilities: float (n, k); weights: float (r, n), how often each photo counts. The mean AUC is
     over the classes for which it is defined.
     """
     weights = np.ones((1, len(labels))) if weights is None else weights
-    aucs = {
-        name: weighted_auc(labels == number, probabilities[:, number], weights) for number, name in enumerate(classes)
-    }
+    aucs = {name: weighted_auc(labels == k, probabilities[:, k], weights) for k, name in enumerate(classes)}
     defined = [of_class for of_class in aucs.values() if not np.isnan(of_class).any()]
     mean = np.mean(defined, axis=0) if defined else np.full(len(weights), np.nan)
     of_label = probabilities[np.arange(len(labels)), labels]
     losses = -np.log(np.maximum(of_label, np.finfo(np.float32).tiny))
-    wrong = probabilities.argmax(1) != labels
-    n = weights.sum(1)
-    return {
-        "mean AUC": mean,
-        **aucs,
-        "log loss": weights @ losses / n,
-        "wrong photos": weights @ wrong * (len(labels) / n),
-    }
+    wrong = weights @ (probabilities.argmax(1) != labels) * (len(labels) / weights.sum(1))
+    return {"mean AUC": mean, **aucs, "log loss": weights @ losses / weights.sum(1), "wrong photos": wrong}
 
 
 def resample(labels, n_resamples=RESAMPLES, seed=0):
@@ -64,9 +54,6 @@ def resample(labels, n_resamples=RESAMPLES, seed=0):
     return weights
 
 
-# ---------------------------------------------------------------------------------------------- differences
-
-
 @dataclass
 class Difference:
     """A difference of a figure, and the interval that holds the true one in 95 of 100 such comparisons."""
@@ -77,21 +64,20 @@ class Difference:
 
     def __bool__(self):
         """Whether chance alone is an unlikely explanation."""
-        return bool(self.low > 0 or self.high < 0)
+        return self.low > 0 or self.high < 0
 
 
 def compare(labels, variants, classes, n_resamples=RESAMPLES, names=None):
     """The figures of the second variant less those of the first: dict of name to Difference.
 
-    variants: two lists of runs, each a float (n, k) of probabilities of the same photos, one run a seed. names: the
-    figures wanted, by default all.
+    variants: two lists of runs, each a float (n, k) of probabilities of the same photos, one run per seed. names: the
+    figures wanted, by default all. An interval of an AUC that is wider than from chance to perfect is endless: unknown.
     """
     runs, n_first = [run for runs in variants for run in runs], len(variants[0])
     drawn = resample(labels, n_resamples)
     figures, of_drawn = ([measure(labels, run, classes, weights) for run in runs] for weights in (None, drawn))
-    several = len(runs) > 2
     of_left_out = None
-    if not several and len(labels) <= FEW:
+    if len(runs) == 2 and len(labels) <= FEW:
         left_out = 1 - np.eye(len(labels), dtype=np.float32)
         of_left_out = [measure(labels, run, classes, left_out) for run in runs]
     alone = [name for number, name in enumerate(classes) if (labels == number).sum() == 1]
@@ -100,7 +86,7 @@ def compare(labels, variants, classes, n_resamples=RESAMPLES, names=None):
         values = np.concatenate([of_run[name] for of_run in figures])
         covariance = np.cov([of_run[name] for of_run in of_drawn])
         value = values[n_first:].mean() - values[:n_first].mean()
-        if several:
+        if len(runs) > 2:
             variance, freedom = variance_of_variants(values, covariance, n_first)
         else:
             variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
@@ -108,9 +94,12 @@ def compare(labels, variants, classes, n_resamples=RESAMPLES, names=None):
             if of_left_out is not None:
                 freedom = degrees_of_freedom(labels, of_left_out[1][name] - of_left_out[0][name])
         reach = stdtrit(min(freedom, 1e6), 0.975) * np.sqrt(max(0, variance))
-        if name in alone or alone and name == "mean AUC":
-            reach = np.inf  # one photo does not tell how much another one would change
-        differences[name] = Difference(float(value), float(value - reach), float(value + reach))
+        is_auc, of_alone = name == "mean AUC" or name in classes, alone if name == "mean AUC" else name in alone
+        limit = 1 if is_auc else len(labels) if name == "wrong photos" else np.inf
+        if of_alone or is_auc and reach > 0.5:  # one photo does not tell how much another one would change
+            reach = limit = np.inf
+        low, high = np.clip([value - reach, value + reach], -limit, limit)
+        differences[name] = Difference(float(value), float(low), float(high))
     return differences
 
 
@@ -128,7 +117,7 @@ def degrees_of_freedom(labels, left_out):
 def variance_of_variants(values, covariance, n_first):
     """The variance of a difference of two variants of three or more runs in all, and its degrees of freedom.
 
-    values: float (m,), a value a run, those of the first variant first; covariance: float (m, m), over resamples of the
+    values: float (m,), one per run, those of the first variant first; covariance: float (m, m), over resamples of the
     photos. It is the variance among seeds, which holds what photos do to each seed alone, and what the resamples show to
     be common to all seeds of a variant: the model of Obuchowski and Rockette (1995) for readers nested in treatments,
     here seeds in variants, with the degrees of freedom of Hillis (2007). To add the whole variance of the resamples would

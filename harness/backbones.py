@@ -92,10 +92,10 @@ def count_feature_maps(name, image_size=None):
 
     Raises InputError if it does not exist, cannot take such photos, or has features that our head does not fit.
     """
-    size = image_size or own_size(name)
+    network, size = sketch(name), image_size or own_size(name)
     try:
         with torch.device("meta"):
-            shape = tuple(compute_maps(sketch(name), torch.zeros(1, 3, *size)).shape)
+            shape = tuple(compute_maps(network, torch.zeros(1, 3, *size)).shape)
     except (AssertionError, AttributeError, RuntimeError) as error:
         if image_size and count_feature_maps(name):
             reason = f"{' '.join(str(error).split())[:200]}; it was made for --image_size {own_size(name)[0]} {own_size(name)[1]}"
@@ -114,7 +114,7 @@ def count_feature_maps(name, image_size=None):
 @cache
 def unused_parts(name):
     """The names of the parts of a backbone that its maps do not depend on, such as its classifier."""
-    with torch.device("meta"):
+    with torch.device("meta"), torch.enable_grad():
         compute_maps(sketch(name), torch.zeros(1, 3, *own_size(name))).sum().backward()
     parts = {part: list(module.parameters()) for part, module in sketch(name).named_children()}
     return {part for part, own in parts.items() if own and all(parameter.grad is None for parameter in own)}

@@ -72,7 +72,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Keeps the line breaks of a script's docstring and adds the defaults, where there are any."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -121,8 +121,8 @@ def parse_args(parser, argv=None):
     argv, known = list(sys.argv[1:] if argv is None else argv), parser._option_string_actions
     for option in (word.split("=")[0] for word in argv[: argv.index("--") if "--" in argv else None]):
         if re.match("--?[A-Za-z]", option) and option not in known:  # allow_abbrev=False leaves -t for -tbs alone
-            close = difflib.get_close_matches(option, known, n=1)
-            parser.error(f"unrecognized option {option}" + f", did you mean {close[0]}?" * bool(close))
+            close = "".join(f", did you mean {name}?" for name in difflib.get_close_matches(option, known, n=1))
+            parser.error(f"unrecognized option {option}{close}")
     unset, defaults = object(), {name: parser.get_default(name) for name in (a.dest for a in parser._actions)}
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults.keys() - {"help"}, unset)))
     args.typed = {name for name in defaults if getattr(args, name, unset) is not unset}

@@ -64,6 +64,8 @@ def decode_photo(path):
 def read_content(path):
     """The bytes of a file. Raises BadPhoto if it cannot be read."""
     try:
+        if path.is_fifo():  # to read it could take for ever
+            raise BadPhoto("is no file")
         if not (content := path.read_bytes()):
             raise BadPhoto("is empty (0 bytes)")
         return content

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 from filelock import FileLock
+
+from harness.console import InputError
 
 REPO = Path(__file__).parent.parent
 SMALL = "--weights none --image_size 32 64 --max_epochs 1 --train_batch_size 8 --num_workers 0 --precision 32".split()
@@ -149,6 +152,38 @@ def run_script(script, *arguments, check=True, **options):
     return done
 
 
+def refusal(call, *arguments, **options):
+    """What is said when `call` refuses its input: one line."""
+    with pytest.raises(InputError) as stop:
+        call(*arguments, **options)
+    said = str(stop.value)
+    assert said.startswith("error: ") and said.isprintable(), said
+    return said
+
+
+@contextmanager
+def without_root():
+    """Be nobody for a while, if the tests are run by root, who may read everything."""
+    before = os.geteuid()
+    os.seteuid(before or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+@contextmanager
+def file_size_limit(size):
+    """Let no file grow beyond `size` bytes, as a full disk would not."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def copy_recipe(folder):
     """Copy the recipe and its rooms into a new folder, to be edited; returns it."""
     folder.mkdir(parents=True)
@@ -164,6 +199,18 @@ def edit(path, old, new):
     text = path.read_text()
     assert text.count(old) == 1, f"{path}: {old}"
     path.write_text(text.replace(old, new))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """The folder of a real disk of 256 KiB; only root can mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if sys.platform != "linux" or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def shared_folder(tmp_path_factory, name, fill):
@@ -206,3 +253,26 @@ def trained(tmp_path_factory):
         run_script("train.py", "--data_dir", "leaves", *SMALL, *options, cwd=folder)
 
     return shared_folder(tmp_path_factory, "trained", train)
+
+
+@pytest.fixture(scope="session")
+def two_folds(sample, tmp_path_factory):
+    """A folder in which folds 0 and 1 of a quick network were trained for an epoch, by the recipe as it stands."""
+
+    def train(folder):
+        run_script("train.py", "--data_dir", sample, *QUICK, "--folds", 0, 1, cwd=folder)
+
+    return shared_folder(tmp_path_factory, "two_folds", train)
+
+
+@pytest.fixture
+def run(two_folds, tmp_path):
+    """A copy of that folder, for writing."""
+    shutil.copytree(two_folds, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def repo(tmp_path):
+    """A copy of the recipe and its rooms, to be edited."""
+    return copy_recipe(tmp_path / "repo")

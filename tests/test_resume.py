@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import QUICK, REPO, SMALL, copy_recipe, edit, run_script, start_script, wait_until
+from conftest import QUICK, SMALL, run_script, shared_folder, start_script, wait_until
 
 # Runs a script that keeps what it has at every opportunity, and kills itself (SIGKILL) when a moment is reached.
 KILLER = """
@@ -90,17 +90,15 @@ def outcome(folder):
     return content
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def uninterrupted(sample, tmp_path_factory):
-    """A function: the outcome of a training with these options that nothing has interrupted."""
-    known = {}
+    """A function: the outcome of a training with these options that nothing has interrupted, by a cold start."""
 
     def find(options):
-        if tuple(options) not in known:
-            folder = tmp_path_factory.mktemp("whole")
-            train_and_die("never", sample, folder, options, cold=True)
-            known[tuple(options)] = outcome(folder)
-        return known[tuple(options)]
+        name = "whole" + "".join(map(str, options))
+        return outcome(
+            shared_folder(tmp_path_factory, name, lambda at: train_and_die("never", sample, at, options, True))
+        )
 
     return find
 
@@ -135,51 +133,50 @@ def test_a_killed_training_goes_on_with_the_same_command_to_the_same_bytes(
     found = outcome(tmp_path)
     assert found == uninterrupted(options)
     checkpoints = [name for name in found if name.startswith("fold=0-") and name.endswith(".ckpt")]
-    assert len(checkpoints) == min(options[1], 3)
+    assert len(checkpoints) == (1 if options is ONE else min(options[1], 3))
     leftovers = [path.name for path in tmp_path.rglob(".*") if path.is_file() and not path.name.endswith(".lock")]
     assert not leftovers
 
 
-@pytest.fixture(scope="module")
-def trained(sample, tmp_path_factory):
-    """Two folds of a quick network, one epoch each."""
-    folder = tmp_path_factory.mktemp("trained")
-    train_and_die("never", sample, folder, ["--folds", 0, 1, "--backbone", "resnet18"])
-    return folder
+def test_a_moved_log_directory_still_knows_its_best_checkpoints(uninterrupted, sample, tmp_path):
+    (tmp_path / "here").mkdir()
+    train_and_die("epoch:4", sample, tmp_path / "here", LONG)
+    (tmp_path / "here").rename(tmp_path / "there")
+    train_and_die("never", sample, tmp_path / "there", LONG)
+    assert outcome(tmp_path / "there") == uninterrupted(LONG)
 
 
-def test_a_killed_prediction_goes_on_to_the_same_bytes_and_a_finished_one_is_not_repeated(trained, tmp_path):
+# ---------------------------------------------------------------------------------------------- predictions
+
+PREDICT = ["--folds", 0, 1, "--val_batch_size", 8, "--num_workers", 0]
+SOFT, SUBMISSION = "soft_labels-folds=0,1.csv", "submission-folds=0,1.csv"
+
+
+def test_a_killed_prediction_goes_on_to_the_same_bytes_and_a_finished_one_is_not_repeated(two_folds, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
-        shutil.copytree(trained, folder)
-    options = ["--folds", 0, 1, "--val_batch_size", 8, "--num_workers", 0]
-    run_and_die("generate_soft_labels", "never", whole, *options, cold=True)
-    run_and_die("generate_soft_labels", "batch:1", killed, *options)  # of 4 for the 17 photos out of fold
-    run_and_die("generate_soft_labels", "batch:20", killed, *options)  # of 24 for the test photos
-    kept = np.load(next((killed / "logs" / "predictions").glob("test-*.npz")))["probabilities"]
-    assert 0 < len(kept) < 12 * 8 * 2
-    run_and_die("generate_soft_labels", "half:submission.csv", killed, *options)
-    printed = run_and_die("generate_soft_labels", "never", killed, *options)
-    assert "out-of-fold: taken from" in printed and "test photos x 8 x 2: taken from" in printed
-    for name in ("soft_labels.csv", "submission.csv"):
+        shutil.copytree(two_folds, folder)
+    run_and_die("generate_soft_labels", "never", whole, *PREDICT, cold=True)
+    n_checks = 2  # batches that are predicted to see that the networks are as they were
+    run_and_die("generate_soft_labels", f"batch:{n_checks + 1}", killed, *PREDICT)  # of 4 for the 17 photos out of fold
+    run_and_die("generate_soft_labels", f"batch:{n_checks + 20}", killed, *PREDICT)  # of 24 for the test photos
+    kept = np.load(next((killed / "logs" / "predictions").glob("test-*.npy")))
+    assert 0 < np.isfinite(kept).sum() < kept.size == 12 * 8 * 2 * 4
+    run_and_die("generate_soft_labels", "half:submission", killed, *PREDICT)
+    printed = run_and_die("generate_soft_labels", "never", killed, *PREDICT)
+    assert "out-of-fold: predicted already" in printed and "12 photos x 8 x 2: predicted already" in printed
+    for name in (SOFT, SUBMISSION):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
 
-
-def test_kept_predictions_of_other_checkpoints_or_options_are_not_taken(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
-    predict = ["generate_soft_labels.py", "--folds", 0, 1, "--num_workers", 0]
-    assert "taken from" not in run_script(*predict, cwd=tmp_path / "run").stdout
-    again = run_script(*predict, cwd=tmp_path / "run").stdout
-    assert "out-of-fold: taken from" in again and "test photos x 8 x 2: taken from" in again
-    next((tmp_path / "run" / "logs" / "predictions").glob("out-of-fold-*.npz")).write_bytes(b"")
-    again = run_script(*predict, cwd=tmp_path / "run").stdout
-    assert "is damaged" in again and again.count("taken from") == 1
-    assert "taken from" not in run_script(*predict, "--val_batch_size", 4, cwd=tmp_path / "run").stdout
-    checkpoint = next((tmp_path / "run" / "logs").glob("fold=0-*.ckpt"))
+    for change in (["--val_batch_size", 4], ["--precision", "bf16"]):  # other options, then other checkpoints
+        assert "predicted already" not in run_script("generate_soft_labels.py", *PREDICT, *change, cwd=killed).stdout
+    assert "predicted already" not in run_script("generate_soft_labels.py", *PREDICT, cwd=killed).stdout
+    assert len(list((killed / "logs" / "predictions").glob("*.npy"))) == 2  # no others are left
+    checkpoint = next((killed / "logs").glob("fold=0-*.ckpt"))
     content = torch.load(checkpoint, weights_only=True)
-    content["state_dict"]["network.fc.bias"] += 1
+    content["state_dict"]["network.fc.bias"] += 1e-4
     torch.save(content, checkpoint)
-    assert "taken from" not in run_script(*predict, "--val_batch_size", 4, cwd=tmp_path / "run").stdout
+    assert "predicted already" not in run_script("generate_soft_labels.py", *PREDICT, cwd=killed).stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -207,19 +204,6 @@ def test_the_state_of_the_loss_scaler_is_kept(sample, tmp_path):
     assert outcome(killed) == outcome(whole)
 
 
-def test_an_interrupted_prediction_keeps_what_it_has(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
-    options = ["--folds", 0, 1, "--val_batch_size", 1]
-    script = start_script("generate_soft_labels.py", *options, cwd=tmp_path / "run")
-    wait_until((tmp_path / "run" / "soft_labels.csv").exists, script)
-    os.kill(script.pid, signal.SIGINT)
-    assert script.wait(60) == 130 and not (tmp_path / "run" / "submission.csv").exists()
-    said = script.stdout.splitlines()[-1]
-    assert "stopped: what is predicted is kept in logs; the same command goes on from there" in said
-    again = run_script("generate_soft_labels.py", *options, cwd=tmp_path / "run").stdout
-    assert "out-of-fold: taken from" in again and (tmp_path / "run" / "submission.csv").exists()
-
-
 @pytest.fixture
 def read_only(tmp_path):
     """A function that makes a folder read-only, as a Kaggle input is; only root can, by a mount."""
@@ -236,157 +220,155 @@ def read_only(tmp_path):
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_a_log_directory_that_cannot_be_written_is_predicted_from_all_the_same(trained, sample, tmp_path, read_only):
-    shutil.copytree(trained, tmp_path / "input")
-    read_only(tmp_path / "input")
-    options = ["--log_dir", tmp_path / "input" / "logs", "--folds", 0, "--num_workers", 0, "--cache_dir", "cache"]
-    options += ["--data_dir", sample]
+def test_a_log_directory_that_cannot_be_written_is_predicted_from_but_not_trained_in(run, sample, tmp_path, read_only):
+    read_only(run)
+    options = [
+        "--log_dir",
+        run / "logs",
+        "--folds",
+        0,
+        "--num_workers",
+        0,
+        "--cache_dir",
+        "cache",
+        "--data_dir",
+        sample,
+    ]
     done = run_script("generate_soft_labels.py", *options, cwd=tmp_path)
-    assert "predictions: Read-only file system; an interruption will lose what is predicted so far" in done.stdout
-    assert len(pd.read_csv(tmp_path / "soft_labels.csv")) == 9 and (tmp_path / "submission.csv").exists()
-    script = start_script("generate_soft_labels.py", *options, "--val_batch_size", 1, cwd=tmp_path)
-    wait_until(lambda: "test photos" in script.stderr, script)
-    os.kill(script.pid, signal.SIGINT)
-    assert script.wait(60) == 130 and "stopped: nothing is kept, as nothing can be written in" in script.stdout
+    assert "Read-only file system; an interruption will lose what is predicted so far" in done.stdout
+    assert len(pd.read_csv(tmp_path / "soft_labels-folds=0.csv")) == 9
+    assert len(pd.read_csv(tmp_path / "submission-folds=0.csv")) == 12
+    refused = run_script("train.py", *QUICK, *options, cwd=tmp_path, check=False)
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    assert refused.stderr.splitlines()[-1].startswith(
+        f"error: cannot write {run / 'logs' / '.hparams.lock'}: Read-only"
+    )
 
 
-def test_a_disk_that_fills_up_costs_what_was_kept_not_the_prediction(trained, tmp_path):
+def test_a_disk_that_fills_up_costs_what_was_kept_not_the_prediction(run):
     """A limit that lets the CSV files pass, but not what is kept of a prediction."""
-    shutil.copytree(trained, tmp_path / "run")
-    options = ["--folds", 0, "--num_workers", 0, "--cache_dir", tmp_path / "cache"]
-    run_script("generate_soft_labels.py", *options, cwd=tmp_path / "run")
-    csv, limit = (tmp_path / "run" / "submission.csv").read_bytes(), 5000  # what it prints must find room, too
-    kept = [path.stat().st_size for path in (tmp_path / "run" / "logs" / "predictions").glob("*.npz")]
-    assert len(kept) == 2 and min(kept) > limit > 2 * len(csv)
-    shutil.rmtree(tmp_path / "run" / "logs" / "predictions")
-    done = run_script("generate_soft_labels.py", *options, cwd=tmp_path / "run", file_size=limit)
-    assert "File too large; an interruption will lose what is predicted so far" in done.stdout
-    assert (tmp_path / "run" / "submission.csv").read_bytes() == csv
+    options = ["--folds", 0, "--num_workers", 0]
+    run_script("generate_soft_labels.py", *options, cwd=run)
+    csv, limit = (run / "submission-folds=0.csv").read_bytes(), 3500  # what it prints must find room, too
+    kept = [path.stat().st_size for path in (run / "logs" / "predictions").glob("*.npy")]
+    assert len(kept) == 2 and max(kept) < limit
+    shutil.rmtree(run / "logs" / "predictions")
+    options += ["--tta_draws", 32]
+    done = run_script("generate_soft_labels.py", *options, cwd=run, file_size=limit)
+    assert re.search("note: cannot write logs/predictions/test-.*npy: .*; an interruption will lose what", done.stdout)
+    assert len((run / "submission-folds=0.csv").read_bytes()) == pytest.approx(len(csv), abs=40)
 
 
-def test_a_cache_folder_of_another_machine_is_named_with_what_to_type(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
-    path = tmp_path / "run" / "logs" / "hparams.yaml"
+def test_a_cache_folder_of_another_machine_is_named_with_what_to_type(run, tmp_path):
+    path = run / "logs" / "hparams.yaml"
     record = yaml.safe_load(path.read_text())
     (tmp_path / "kaggle").write_text("no folder")
     record["options"]["cache_dir"] = str(tmp_path / "kaggle" / "working" / "image_cache")
     path.write_text(yaml.safe_dump(record))
-    step = ["generate_distilled_submission.py", "--log_dir", "logs", "--folds", 0, "--num_workers", 0]
-    done = run_script(*step, cwd=tmp_path / "run", check=False)
-    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert re.match("error: cannot make the folder .*image_cache: .*; name another folder with --cache_dir$", said)
-    run_script(*step, "--cache_dir", "cache", cwd=tmp_path / "run")
+    step = ["generate_distilled_submission.py", "--log_dir", "logs", "--folds", 0, "--num_workers", 0, "--tta_draws", 1]
+    said = run_script(*step, cwd=run, check=False).stderr.splitlines()[-1]
+    assert re.match("error: cannot write .*image_cache/.*; name another folder with --cache_dir$", said)
+    run_script(*step, "--cache_dir", "cache", cwd=run)
 
 
-def test_another_environment_is_noted_and_never_refused(trained, sample, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
-    train = ["train.py", "--data_dir", sample, *QUICK, "--folds"]
-    run_script(*train, 0, cwd=tmp_path, OMP_NUM_THREADS="1")
-    path = tmp_path / "logs" / "hparams.yaml"
+# ---------------------------------------------------------------------------------------------- what is refused
+
+
+def train(sample, cwd, *options, check=False, **how):
+    return run_script("train.py", "--data_dir", sample, *QUICK, *options, cwd=cwd, check=check, **how)
+
+
+def refused(done, *words):
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert said.startswith("error: ") and all(word in said for word in words), said
+    return said
+
+
+def test_another_environment_is_noted_and_never_refused(run, sample):
+    path = run / "logs" / "metrics" / "fold=0" / "hparams.yaml"
     record = yaml.safe_load(path.read_text())
-    assert record["environment"]["torch"] == torch.__version__.split("+")[0] and record["environment"]["threads"] == 1
-    assert "another environment" not in run_script(*train, 1, cwd=tmp_path, OMP_NUM_THREADS="1").stdout
+    assert record["environment"]["torch"] == torch.__version__.split("+")[0]
     record["environment"]["torch"] = "1.4.0"
     path.write_text(yaml.safe_dump(record))
-    said = run_script(*train, 2, cwd=tmp_path, OMP_NUM_THREADS="2").stdout
-    now = torch.__version__.split("+")[0]
-    assert re.search(
-        rf"note: logs was begun in another environment \(.*torch was 1.4.0, is {now}.*\): results may", said
-    )
-    assert "threads was 1, is 2" in said and pd.read_csv(tmp_path / "logs" / "results.csv")["fold"].tolist() == [
-        0,
-        1,
-        2,
-    ]
+    said = train(sample, run, "--folds", 2, check=True).stdout
+    assert re.search(r"note: fold 0 was begun in another environment \(torch was 1.4.0\): last digits may differ", said)
+    assert "fold 1 was begun" not in said
+    assert pd.read_csv(run / "logs" / "results.csv")["fold"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("option", ["--log_dir", "--data_dir", "--cache_dir", "--soft_labels_filename"])
-def test_a_name_that_cannot_be_written_down_is_refused(option, tmp_path):
-    """Bytes from an old zip: no record and no TensorBoard could hold them."""
-    done = run_script("train.py", option, os.fsdecode(b"logs-\xe4"), cwd=tmp_path, check=False, cold=True)
-    said = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and f"argument {option}: 'logs-\\udce4' is not a name in UTF-8" in said
+def test_a_name_that_cannot_be_written_down_or_looks_like_an_address_is_refused(option, tmp_path):
+    """Bytes from an old zip: no record and no TensorBoard could hold them; and what Lightning takes for a URL."""
+    for name, shown in ((os.fsdecode(b"logs-\xe4"), "'logs-\\udce4'"), ("exp::1", "'exp::1'")):
+        done = run_script("train.py", option, name, cwd=tmp_path, check=False, cold="::" not in name)
+        (said,) = done.stderr.splitlines()
+        assert done.returncode == 2 and f"argument {option}: {shown} is no plain name of a file or folder" in said
     assert not list(tmp_path.iterdir())
 
 
-def test_a_moved_log_directory_still_knows_its_best_checkpoints(uninterrupted, sample, tmp_path):
-    (tmp_path / "here").mkdir()
-    train_and_die("epoch:4", sample, tmp_path / "here", LONG)
-    (tmp_path / "here").rename(tmp_path / "there")
-    train_and_die("never", sample, tmp_path / "there", LONG)
-    assert outcome(tmp_path / "there") == uninterrupted(LONG)
-
-
-def test_changed_options_are_accepted_only_on_demand_and_recorded(trained, sample, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
-    train = ["train.py", "--data_dir", sample, *QUICK, "--folds", 0, 1]
-    refused = run_script(*train, "--max_epochs", 2, cwd=tmp_path / "run", check=False)
-    assert refused.returncode == 1 and "max_epochs was 1, is 2" in refused.stderr
-    assert "keep what is there with --accept_changes" in refused.stderr
-    accepted = run_script(*train, "--max_epochs", 2, "--accept_changes", cwd=tmp_path / "run").stdout
+def test_changed_options_are_accepted_only_on_demand(run, sample):
+    said = refused(
+        train(sample, run, "--folds", 0, 1, "--max_epochs", 2), "max_epochs was 1, is 2", "--fresh --folds 0 1"
+    )
+    assert said.endswith("; or keep the finished folds with --accept_changes")
+    accepted = train(sample, run, "--folds", 0, 1, "--max_epochs", 2, "--accept_changes", check=True).stdout
     assert "in spite of: max_epochs was 1, is 2" in accepted and accepted.count("is finished already") == 2
-    record = yaml.safe_load((tmp_path / "run" / "logs" / "hparams.yaml").read_text())
-    assert record["accepted_changes"] == ["max_epochs was 1, is 2"] and record["options"]["max_epochs"] == 2
-    assert "accept_changes" not in record["options"]
-    for common, said in (
+    for common, what in (
         (["--image_size", 64, 64], "image_size was [32, 64], is [64, 64]"),
         (["--seed", 1], "seed was 2020, is 1"),
     ):  # the folds could not be put together any more
-        refused = run_script(*train, *common, "--accept_changes", cwd=tmp_path / "run", check=False)
-        last = refused.stderr.splitlines()[-1]
-        assert refused.returncode == 1 and last.startswith("error: logs holds folds that were trained differently: ")
-        assert said in last and "--fresh" in last and "keep what is there" not in last
+        said = refused(train(sample, run, "--folds", 0, 1, *common, "--accept_changes"), what, "--fresh")
+        assert "keep the finished" not in said
 
 
-def test_a_lost_record_is_no_licence_and_lost_folds_come_back(trained, sample, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
-    logs = tmp_path / "run" / "logs"
-    train = ["train.py", "--data_dir", sample, *QUICK, "--folds", 0, 1]
+def test_a_change_never_reaches_a_fold_in_training(sample, tmp_path):
+    """The state that it goes on from brings the learning rate, the schedule and the optimiser's options of its start."""
+    options = ["--max_epochs", 3, "--folds", 0]
+    run_and_die("train", "epoch:2", tmp_path, "--data_dir", sample, *QUICK, *options)
+    assert (tmp_path / "logs" / "fold=0-last.ckpt").exists()
+    for change, what in (
+        (["--learning_rate", "1e-5"], "learning_rate was 0.001, is 1e-05"),
+        (["--lr_schedule", "triangular"], "lr_schedule was cosine, is triangular"),
+        (["--max_epochs", 4], "max_epochs was 3, is 4"),
+    ):
+        for accept in ([], ["--accept_changes"]):
+            done = train(sample, tmp_path, *options, *change, *accept)
+            refused(done, what, "fold 0, which is in training, with --fresh --folds 0 --accept_changes")
+    done = train(sample, tmp_path, *options, "--learning_rate", "1e-5", "--fresh", check=True)
+    assert pd.read_csv(tmp_path / "logs" / "metrics" / "fold=0.csv")["lr"][0] == 1e-5 and "going on" not in done.stdout
+
+
+def test_a_lost_record_is_no_licence_and_lost_folds_come_back(run, sample):
+    logs = run / "logs"
     folds = (logs / "folds.csv").read_bytes()
     (logs / "folds.csv").unlink()
-    run_script(*train, cwd=tmp_path / "run")
-    assert (logs / "folds.csv").read_bytes() == folds
     (logs / "hparams.yaml").unlink()
-    refused = run_script(*train, "--seed", 7, cwd=tmp_path / "run", check=False)  # would make another split
-    assert refused.returncode == 1 and "hparams.yaml is missing" in refused.stderr
-    assert (logs / "folds.csv").read_bytes() == folds and not (logs / "hparams.yaml").exists()
+    train(sample, run, "--folds", 0, 1, check=True)
+    assert (logs / "folds.csv").read_bytes() == folds and (logs / "hparams.yaml").exists()
+    (logs / "metrics" / "fold=1" / "hparams.yaml").write_text("format: [")
+    refused(train(sample, run, "--folds", 0, 1, "--seed", 7), "metrics/fold=1/hparams.yaml is damaged")
+    assert (logs / "folds.csv").read_bytes() == folds
 
 
-def test_a_fresh_start_killed_in_its_middle_does_not_pass_old_results_off_as_new(trained, sample, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
+def test_a_fresh_start_killed_in_its_middle_does_not_pass_old_results_off_as_new(run, sample):
     options = ["--data_dir", sample, *QUICK, "--folds", 0, 1, "--gradient_clip_val", 5]
-    run_and_die("train", "half:hparams.yaml", tmp_path / "run", *options, "--fresh")
-    assert not list((tmp_path / "run" / "logs").glob("fold=*.ckpt"))
-    assert "finished already" not in run_and_die("train", "never", tmp_path / "run", *options)
+    run_and_die("train", "half:folds.csv", run, *options, "--fresh")
+    assert not list((run / "logs").glob("fold=*.ckpt"))
+    assert "finished already" not in run_and_die("train", "never", run, *options)
 
 
-def test_an_edited_source_file_is_noticed(trained, sample, tmp_path):
-    sources = tmp_path / "sources"
-    sources.mkdir()
-    for path in REPO.glob("*.py"):
-        shutil.copy(path, sources)
-    shutil.copytree(REPO / "harness", sources / "harness")
-    shutil.copytree(trained, tmp_path / "run")
-    train = [str(sources / "train.py"), "--data_dir", sample, *QUICK, "--folds", 0]
-    assert "fold 0 is finished already" in run_script(*train, cwd=tmp_path / "run").stdout
-    with open(sources / "dataset.py", "a") as file:
-        file.write("ANOTHER_AUGMENTATION = True\n")
-    refused = run_script(*train, cwd=tmp_path / "run", check=False)
-    assert refused.returncode == 1 and "dataset.py: changed" in refused.stderr and "finished" not in refused.stdout
-
-
-# ---- files that cannot be written, and files that cannot be trusted
+# ---------------------------------------------------------------------------------------------- files that cannot be trusted
 
 
 def test_a_full_disk_is_said_by_file_name_and_a_rerun_finishes(sample, tmp_path):
     """A limit on the size of files does what a full disk does, and works for every user."""
-    train = ["train.py", "--data_dir", sample, *QUICK, "--folds", 0]
-    failed = run_script(*train, cwd=tmp_path, check=False, file_size=20_000_000)
-    assert failed.returncode == 1
-    assert "error: cannot write" in failed.stderr and "fold=0-epoch=0-" in failed.stderr.splitlines()[-1]
-    assert "Traceback" not in failed.stderr
+    said = refused(
+        train(sample, tmp_path, "--folds", 0, file_size=20_000_000), "error: cannot write", "fold=0-epoch=0-"
+    )
+    assert said.endswith("File too large")
     assert not [path for path in (tmp_path / "logs").iterdir() if "ckpt" in path.name]
-    run_script(*train, cwd=tmp_path)
+    train(sample, tmp_path, "--folds", 0, check=True)
     assert (tmp_path / "logs" / "results.csv").exists()
 
 
@@ -398,27 +380,17 @@ class Harmful:
         return Path.touch, (self.path,)
 
 
-def test_a_checkpoint_that_would_run_code_is_refused(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
-    checkpoint = next((tmp_path / "run" / "logs").glob("fold=0-*.ckpt"))
+def test_checkpoints_that_are_damaged_or_would_run_code_are_refused_by_name(run, sample, tmp_path):
+    predict = ["generate_soft_labels.py", "--folds", 0, 1]
+    checkpoint = next((run / "logs").glob("fold=0-*.ckpt"))
     torch.save({"state_dict": Harmful(tmp_path / "ran")}, checkpoint)
     torch.load(checkpoint, weights_only=False)
     assert (tmp_path / "ran").exists()  # it is harmful
     (tmp_path / "ran").unlink()
-    refused = run_script("generate_soft_labels.py", "--folds", 0, 1, cwd=tmp_path / "run", check=False)
-    assert refused.returncode == 1 and not (tmp_path / "ran").exists()
-    assert f"{checkpoint.name} cannot be loaded as a checkpoint" in refused.stderr and "Traceback" not in refused.stderr
-
-
-def test_damaged_checkpoints_are_refused_by_name(trained, sample, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
-    logs = tmp_path / "run" / "logs"
-    checkpoint = next(logs.glob("fold=1-*.ckpt"))
+    done = run_script(*predict, cwd=run, check=False)
+    refused(done, f"{checkpoint.name} cannot be loaded as a checkpoint")
+    assert not (tmp_path / "ran").exists()
+    checkpoint = next((run / "logs").glob("fold=1-*.ckpt"))
     os.truncate(checkpoint, 1_000_000)
-    refused = run_script("generate_soft_labels.py", "--folds", 0, 1, cwd=tmp_path / "run", check=False)
-    assert refused.returncode == 1 and f"{checkpoint.name} cannot be loaded" in refused.stderr
-    checkpoint.rename(logs / "fold=1-last.ckpt")  # a resume point
-    train = ["train.py", "--data_dir", sample, *QUICK, "--folds", 1]
-    refused = run_script(*train, cwd=tmp_path / "run", check=False)
-    assert refused.returncode == 1 and "fold=1-last.ckpt cannot be loaded" in refused.stderr
-    assert "--fresh" in refused.stderr and "Traceback" not in refused.stderr
+    checkpoint.rename(run / "logs" / "fold=1-last.ckpt")  # a resume point
+    refused(train(sample, run, "--folds", 1), "fold=1-last.ckpt cannot be loaded", "--fresh")

@@ -1,13 +1,12 @@
 """Draw a small data set of apple leaves in the layout of Kaggle's Plant Pathology 2020.
 
-    python -m tools.generate_sample_data [--out data_sample] [--n_train 240] [--n_test 120]
+  python -m tools.generate_sample_data --out data_sample --n_train 240 --n_test 120
 
-Reads nothing. Writes below --out: images/Train_*.jpg and images/Test_*.jpg, train.csv, test.csv and
-sample_submission.csv as in the competition, and beside them what only a drawn data set can know:
-test_labels.csv (true labels of the test photos), wrong_labels.csv (the training labels that are wrong on
-purpose), lesions.csv (kind, centre and radius in pixels of every spot) and sample.json (the arguments).
-The same arguments give the same bytes on the same machine. Expect about 15 s for 360 photos of 256 x 384.
-The drawings exercise the pipeline; scores on them say nothing about real leaves.
+Writes  OUT: images/, train.csv, test.csv and sample_submission.csv as in the competition, and what only a drawn data set
+        can know: test_labels.csv, wrong_labels.csv (the training labels that are wrong on purpose), lesions.csv (kind,
+        centre and radius in pixels of every spot); sample.json holds the options.
+Expect  15 s for 360 photos of 256x384. The same options give the same bytes on the same machine. The drawings exercise
+        the pipeline; scores on them say nothing about real leaves.
 """
 
 import colorsys
@@ -23,7 +22,7 @@ import pandas as pd
 from joblib import cpu_count
 from tqdm import tqdm
 
-from harness.console import InputError, Parser, not_negative, positive
+from harness.console import InputError, Parser, file_or_folder, not_negative, parse_args, positive, say
 from harness.files import write_csv
 from utils import CLASSES
 
@@ -265,29 +264,26 @@ def with_mistakes(labels, rng):
 
 
 def write_photo(job, out, photo_size, seed):
-    """Render and write one photo; job is (split 0 or 1, index, label). Returns its rows of lesions.csv."""
+    """Draw and write one photo; job is (split 0 or 1, index, label). Returns its rows of lesions.csv."""
     split, index, label = job
     rng = np.random.default_rng([seed, split, index])
     height, width = photo_size if rng.random() >= PORTRAIT_SHARE else photo_size[::-1]
     photo, spots = render_leaf(label, height, width, rng)
     image_id = f"{SPLITS[split]}_{index}"
-    done, data = cv2.imencode(".jpg", photo[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    if not done:
-        raise RuntimeError(f"OpenCV could not encode {image_id}")
-    (Path(out) / "images" / f"{image_id}.jpg").write_bytes(data.tobytes())
+    _, data = cv2.imencode(".jpg", photo[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    (out / "images" / f"{image_id}.jpg").write_bytes(data.tobytes())
     return [(image_id, kind, *(round(number, 2) for number in place)) for kind, *place in spots]
 
 
 def one_hot(split, labels):
-    """Frame with image_id and one 0/1 column per class, in the format of train.csv."""
+    """DataFrame with image_id and one 0/1 column per class, as in train.csv."""
     frame = pd.DataFrame({name: [int(label == name) for label in labels] for name in CLASSES})
     frame.insert(0, "image_id", [f"{SPLITS[split]}_{index}" for index in range(len(labels))])
     return frame
 
 
 def generate(out, n_train, n_test, photo_size, seed, threads):
-    """Write the whole data set below the folder `out`; photo_size is (height, width) in pixels."""
-    out = Path(out)
+    """Write the whole data set into the folder `out` (Path); photo_size is (height, width) in pixels."""
     # Photos are seeded with [seed, split, index]. A 0 at the end doesn't count: [seed, 0] would be Train_0's seed.
     label_rng = np.random.default_rng([seed, len(SPLITS)])
     labels = [true_labels(n, label_rng) for n in (n_train, n_test)]
@@ -295,7 +291,7 @@ def generate(out, n_train, n_test, photo_size, seed, threads):
     (out / "images").mkdir(parents=True, exist_ok=True)
     cv2.setNumThreads(1)  # the pool already uses the cores
     jobs = [(split, index, label) for split in (0, 1) for index, label in enumerate(labels[split])]
-    work = partial(write_photo, out=str(out), photo_size=tuple(photo_size), seed=seed)
+    work = partial(write_photo, out=out, photo_size=photo_size, seed=seed)
     with ThreadPool(threads) as pool:  # numpy and OpenCV let go of the interpreter's lock while they draw
         rows = [row for photo in tqdm(pool.imap(work, jobs), "photos", len(jobs)) for row in photo]
     train, test = one_hot(0, given), one_hot(1, labels[1])
@@ -309,41 +305,30 @@ def generate(out, n_train, n_test, photo_size, seed, threads):
 
 
 def main(argv=None):
-    """Parse the command line, refuse to touch a folder with other contents, and generate."""
-    parser = Parser(__doc__)
-    what = parser.add_argument_group("what to draw")
-    what.add_argument("--n_train", type=positive, default=240, help="number of training photos")
-    what.add_argument("--n_test", type=positive, default=120, help="number of test photos")
-    what.add_argument(
-        "--photo_size",
-        type=positive,
-        nargs=2,
-        default=[256, 384],
-        metavar=("H", "W"),
-        help="height and width in pixels (the competition's: 1365 2048)",
-    )
-    what.add_argument("--seed", type=not_negative, default=2020, help="another seed draws other leaves")
-    how = parser.add_argument_group("where and how")
-    how.add_argument("--out", default="data_sample", help="folder to write")
-    how.add_argument("--threads", type=positive, default=min(8, cpu_count()), help="photos drawn at the same time")
-    args = parser.parse_args(argv)
+    """Parse the command line, refuse a folder that holds other data, and draw."""
+    parser, size = Parser(__doc__), {"type": positive, "nargs": 2, "metavar": ("H", "W")}
+    parser.add_argument("--out", type=file_or_folder, default="data_sample", help="folder to write")
+    parser.add_argument("--n_train", type=positive, default=240, help="number of training photos")
+    parser.add_argument("--n_test", type=positive, default=120, help="number of test photos")
+    parser.add_argument("--photo_size", **size, default=[256, 384], help="in pixels (the competition's: 1365 2048)")
+    parser.add_argument("--seed", type=not_negative, default=2020, help="another seed draws other leaves")
+    parser.add_argument("--threads", type=positive, default=min(8, cpu_count()), help="photos drawn at the same time")
+    args = parse_args(parser, argv)
     if min(args.n_train, args.n_test) < 8 or min(args.photo_size) < 64:
-        parser.error("a split needs at least 8 photos, a photo at least 64 pixels per side")
-
+        raise InputError("--n_train and --n_test must be at least 8, both sides of --photo_size at least 64 pixels")
     out = Path(args.out)
     drawn = {name: getattr(args, name) for name in ("n_train", "n_test", "photo_size", "seed")}
     sample = json.dumps({"renderer_version": RENDERER_VERSION, **drawn}) + "\n"
     record = out / "sample.json"
     same = record.is_file() and record.read_text() == sample
     if same and (out / "train.csv").is_file():
-        print(f"{out}: already there")
-        return
+        return say(f"{out}: already there")
     if not same and any((out / name).exists() for name in ("train.csv", "images", "sample.json")):
         raise InputError(f"{out} holds other data: choose another --out, or delete that folder")
     out.mkdir(parents=True, exist_ok=True)
     record.write_text(sample)  # first, so that an interrupted run can be repeated
     generate(out, threads=args.threads, **drawn)
-    print(f"{out}: {args.n_train} training and {args.n_test} test photos")
+    say(f"{out}: {args.n_train} training and {args.n_test} test photos")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Is all well on this GPU, and how long will a reproduction take? A table, in at most nine minutes on one GPU.
+"""Is all well on this GPU, and how fast is it? One table.
 
   make gpu-check        # python -m tools.gpu_check
 
-Reads   nothing: photos are rendered, weights drawn.
-Writes  gpu_check.json: every figure, with machine and versions.
-Expect  a row a check: ok, failed, or a figure. On a machine without a GPU the same checks run on the CPU, on small
-        photos, and say so: that shows that they work, and nothing about a GPU.
+Reads   nothing: photos and weights are drawn.
+Writes  gpu_check.json: the rows of the table, with machine and versions.
+Expect  one row per check: ok, failed, left out, or a figure. Without a GPU the same checks run on the CPU, on small photos:
+        that tells how fast the CPU is and that the checks work, and nothing about a GPU.
 """
 
 import json
@@ -16,517 +16,355 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pytorch_lightning as pl
 import torch
 from joblib import cpu_count
-from pytorch_lightning import Trainer
 from torch.utils.data import DataLoader
 
-from dataset import EpochSampler, LeafDataset, make_loader, train_augmentation
+from dataset import LeafDataset, make_loader, train_augmentation
+from harness import console, devices
 from harness.callbacks import UnscaleFirst
-from harness.console import InputError, Parser, file_or_folder, not_negative, parse_args, quiet_libraries
-from harness.devices import (
-    autocast,
-    check_shared_memory,
-    choose_device,
-    choose_precision,
-    compute_exactly,
-    describe_environment,
-    out_of_memory,
-)
 from harness.files import atomic_write
 from harness.prediction import fold_batch_norm
 from models import LeafModule, LeafNet
-from tools.benchmark import optimise
 
 REPO = Path(__file__).parent.parent
-SIZE, SMALL_SIZE = (480, 768), (64, 96)  # of the photos: on a GPU, on a CPU
-BATCHES = (8, 16, 32)
-BACKBONE = "se_resnext50_32x4d"  # of the training that is killed
+SIZE, SMALL_SIZE = (480, 768), (64, 96)
+BACKBONE = "se_resnext50_32x4d"
 TOLERANCE = 1e-3  # of float32 logits between two devices, in standard deviations over photos: bf16 would not pass
-PHOTOS = {"train": 1821, "test": 1821, "epochs": 70, "folds": 5, "draws": 8}
+PHOTOS, EPOCHS, FOLDS, VIEWS = 1821, 70, 5, 8  # of the competition's training, and as many to predict
 
 
-class Table:
-    """The checks as they come: printed as rows, and handed to `keep`, with all that came before.
-
-    keep: a function of the list of rows, each a dict.
-    """
-
-    def __init__(self, keep=lambda rows: None):
-        self.rows, self.keep = [], keep
-
-    def add(self, check, result, value=None, unit="", about=""):
-        """result: "ok", "failed", "figure" or "left out"; value: float or None; about: text."""
-        self.rows.append({"check": check, "result": result, "value": value, "unit": unit, "about": about})
-        shown = "" if value is None else f"{value:.4g} {unit}"
-        print(f"{check:58} {result:9} {shown:>16}  {about}".rstrip(), flush=True)
-        self.keep(self.rows)
-
-    def expect(self, check, holds, value, unit="", about=""):
-        self.add(check, "ok" if holds else "failed", float(value), unit, about)
+def row(check, value=None, unit="", holds=None, about=""):
+    """A row of the table, dict. holds: whether all is well; None for a figure, or without a value for what is left out."""
+    result = {True: "ok", False: "failed", None: "left out" if value is None else "figure"}[holds]
+    return {"check": check, "result": result, "value": value, "unit": unit, "about": about}
 
 
 def draw_batch(device, batch, size):
     """uint8 images (batch, height, width, 3) and labels (batch, 4) that sum to 1."""
-    rng = np.random.default_rng(0)
-    images = torch.from_numpy(rng.integers(0, 256, (batch, *size, 3), dtype=np.uint8)).to(device)
-    return images, torch.eye(4, device=device)[torch.arange(batch, device=device) % 4]
+    images = np.random.default_rng(0).integers(0, 256, (batch, *size, 3), dtype=np.uint8)
+    return torch.from_numpy(images).to(device), torch.eye(4, device=device)[torch.arange(batch) % 4]
 
 
 def draw_network(device):
-    """LeafNet with the same drawn weights each time."""
+    """LeafNet with the same weights each time."""
     torch.manual_seed(0)
-    return LeafNet().to(device, memory_format=torch.channels_last)
+    return LeafNet(BACKBONE).to(device, memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------- is all well?
 
 
-def check_agreement(table, device):
-    """Float32 predictions of the CPU and of the device."""
+def check_logits(m):
     images, _ = draw_batch("cpu", 16, SMALL_SIZE)
-    with torch.inference_mode():
-        expected = draw_network("cpu").eval()(images)
-        found = draw_network(device).eval()(images.to(device)).cpu()
-    apart = ((expected - found).abs() / expected.std(0)).max().item()
+    logits = []
+    for device in ("cpu", m.device):
+        network = draw_network(device).eval()
+        with torch.inference_mode():
+            logits.append(network(images.to(device)).cpu())
+    apart = float(((logits[0] - logits[1]).abs() / logits[0].std(0)).max())
     about = f"in standard deviations over photos, less than {TOLERANCE}"
-    table.expect("float32 logits as on the CPU", apart < TOLERANCE, apart, about=about)
+    yield row("float32 logits as on the CPU", apart, holds=apart < TOLERANCE, about=about)
 
 
-class Watched(LeafModule):
-    """Keeps the losses; of the last step the gradients before clipping; under a loss scaler the norms that Adam sees."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.losses, self.norms, self.gradient = [], [], None
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        self.losses.append(loss.detach())
-        return loss
-
-    def on_before_optimizer_step(self, optimizer):
-        self.gradient = self._gradient()
-
-    def configure_optimizers(self):
-        configured = super().configure_optimizers()
-        configured["optimizer"].register_step_pre_hook(lambda optimizer, *_: self._keep_norm(optimizer))
-        return configured
-
-    def _gradient(self):
-        return torch.cat([p.grad.flatten() for p in self.parameters() if p.grad is not None])
-
-    def _keep_norm(self, optimizer):
-        if self.gradient is not None:  # without a scaler the first gradients are computed within the step
-            left = getattr(optimizer, "grad_scale", None)  # what a fused step still has to divide by
-            self.norms.append(self._gradient().norm() / (1 if left is None else left))
+def given_gradient(m, parts=1, **options):
+    """What Adam is given in a training step by Lightning, on 8 photos in so many parts: float (n,). options: of pl.Trainer."""
+    network = draw_network("cpu").eval()  # Lightning leaves it so: each part has a batch norm of its own
+    chunks = zip(*(drawn.chunk(parts) for drawn in draw_batch("cpu", 8, SMALL_SIZE)), strict=True)
+    batches = [{"image": images, "label": labels} for images, labels in chunks]
+    where = {"accelerator": "gpu", "devices": [m.device.index]} if m.gpus else {"accelerator": "cpu", "devices": 1}
+    quiet = {f"enable_{part}": False for part in ("checkpointing", "progress_bar", "model_summary")}
+    trainer = pl.Trainer(max_epochs=1, accumulate_grad_batches=parts, logger=False, **where, **quiet, **options)
+    trainer.fit(LeafModule(network, "cosine", 1e-3, seed=0), DataLoader(batches, batch_size=None))
+    (adam,) = trainer.optimizers  # after one step its first moment is 0.1 of the gradient
+    return torch.cat([state["exp_avg"].cpu().flatten() for state in adam.state.values()]) / 0.1
 
 
-def fit(network, batches, device, **options):
-    """Train on these batches, dicts of tensors, as train.py does; returns the Watched. options: of pl.Trainer."""
-    module = Watched(network, "cosine", 1e-3, 0)
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=[device.index] if device.type == "cuda" else 1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
-    trainer.fit(module, DataLoader(batches, batch_size=None))
-    return module
+def check_gradients(m):
+    """--accumulate_grad_batches in float32; then fp16 with our loss scaler, whose factor is 1024."""
+    whole, halves = given_gradient(m), given_gradient(m, parts=2)
+    apart = float((whole - halves).norm() / whole.norm())
+    yield row("the gradient of two parts is that of the whole", apart, holds=apart < 1e-3, about="relative")
+    limit = float(whole.norm()) / 2
+    plugin = UnscaleFirst("16-mixed", m.device.type, torch.amp.GradScaler(m.device.type, init_scale=1024.0))
+    norm = float(given_gradient(m, plugins=[plugin], gradient_clip_val=limit).norm()) / limit
+    about = "against the limit; clipped before unscaling, it would be 0.001"
+    yield row("fp16: the gradient is clipped after unscaling", norm, holds=0.9 < norm < 1.001, about=about)
 
 
-def check_accumulation(table, device):
-    """--accumulate_grad_batches 2 gives the gradient of the whole batch; batch norm in evaluation mode, float32."""
-    images, labels = draw_batch("cpu", 8, SMALL_SIZE)
-    gradients = []
-    for parts in (1, 2):
-        some = zip(images.chunk(parts), labels.chunk(parts), strict=True)
-        batches = [{"image": image, "label": label} for image, label in some]
-        network = draw_network("cpu").eval()  # which Lightning leaves as it is
-        gradients.append(fit(network, batches, device, accumulate_grad_batches=parts).gradient)
-    apart = ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
-    table.expect("the gradient of two parts is that of the whole", apart < 1e-3, apart, about="relative")
-
-
-def check_fp16(table, device, size, steps):
-    """Training in fp16 with the loss scaler: the loss falls, and the longest gradient has a length of 1 in Adam's eyes.
-
-    At first it is longer, so that it is clipped; clipped before unscaling, it would be a thousandth of that or less.
-    """
-    images, labels = draw_batch("cpu", 8, size)
-    on_cpu = device.type == "cpu"
-    # on a CPU torch's own first scale, 65,536, would leave out more steps than there are here
-    plugin = UnscaleFirst("16-mixed", device.type, torch.amp.GradScaler("cpu", init_scale=2.0**10) if on_cpu else None)
-    batches = [{"image": images, "label": labels}] * steps
-    module = fit(draw_network("cpu"), batches, device, plugins=[plugin], gradient_clip_val=1.0)
-    losses, norms = (torch.stack(values).float().cpu() for values in (module.losses, module.norms))
-    table.expect("fp16 with the loss scaler: the loss falls", losses[-1] < losses[0], losses[-1] / losses[0], "x")
-    # a step whose gradients have overflowed is left out by the scaler, after this hook
-    longest = norms[norms.isfinite()].max()
-    table.expect("fp16: clipped at 1, after unscaling", 0.9 < longest < 1.001, longest)
-
-
+# Runs train.py: it can go on after every epoch, and is killed before the epoch of the first argument.
 KILLED = """
 import os, runpy, sys
 from harness import callbacks
-epoch, *command = sys.argv[1:]
-callbacks.RESUME_EVERY = 0
+epoch, *sys.argv = sys.argv[1:]
+callbacks.RESUME_EVERY = -1
 keep = callbacks.ResumePoint.on_train_epoch_start
 def keep_and_die(self, trainer, module):
     keep(self, trainer, module)
     if trainer.current_epoch == int(epoch):
         os._exit(9)
 callbacks.ResumePoint.on_train_epoch_start = keep_and_die
-sys.argv = command
-runpy.run_path(command[0], run_name="__main__")
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run_train(folder, log_dir, *options, die_before=99):
-    """train.py on the rendered sample, by the device's default precision; returns its seconds and its output.
+def run_python(*words, cwd, **environment):
+    """Run Python with this repository on its path; returns what subprocess.run does."""
+    words, environment = [sys.executable, *map(str, words)], {**os.environ, "PYTHONPATH": str(REPO), **environment}
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=1800)
 
-    die_before: an epoch that it does not live to see. Raises RuntimeError if it ends in another way than expected.
+
+def train(m, log_dir, *options, killed_before=99, **environment):
+    """train.py on rendered photos: the metrics of fold 0, DataFrame, and what it printed.
+
+    Raises RuntimeError if it ends in another way than by itself, or killed before that epoch.
     """
+    if not (m.folder / "sample").exists():
+        words = ["-m", "tools.generate_sample_data", "--out", m.folder / "sample", "--n_train", 41, "--n_test", 8]
+        run_python(*words, "--photo_size", 96, 144, cwd=m.folder)
     words = ["--data_dir", "sample", "--weights", "none", "--image_size", *SMALL_SIZE, "--train_batch_size", 8]
-    words += ["--backbone", BACKBONE, "--max_epochs", 3, "--folds", 0, "--log_dir", log_dir, *options]
-    started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(die_before), str(REPO / "train.py"), *map(str, words)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    if done.returncode != (9 if die_before < 99 else 0):
-        raise RuntimeError(f"status {done.returncode}: {''.join(done.stderr.strip().splitlines()[-1:])}")
-    return time.perf_counter() - started, done.stdout
+    words += ["--max_epochs", 3, "--folds", 0, "--backbone", BACKBONE if m.gpus else "resnet18", "--log_dir", log_dir]
+    words += [*(["--gpus", m.device.index] if m.gpus else []), *options]
+    with tempfile.TemporaryDirectory() as cache:  # as on another machine, where nothing is compiled already
+        environment |= {"TORCHINDUCTOR_CACHE_DIR": cache}
+        done = run_python("-c", KILLED, killed_before, REPO / "train.py", *words, cwd=m.folder, **environment)
+    if done.returncode != (9 if killed_before < 99 else 0):
+        raise RuntimeError(f"train.py ended with status {done.returncode}: {''.join(done.stderr.splitlines()[-1:])}")
+    return pd.read_csv(m.folder / log_dir / "metrics" / "fold=0.csv").drop(columns="seconds"), done.stdout
 
 
-def check_resume(table, folder, device):
-    """A training that was killed before its third epoch goes on to the numbers of one that was not."""
-    made = ["-m", "tools.generate_sample_data", "--out", folder / "sample", "--n_train", "41", "--n_test", "8"]
-    made = [sys.executable, *made, "--photo_size", "96", "144"]
-    done = subprocess.run(made, cwd=REPO, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the rendered photos: {''.join(done.stderr.strip().splitlines()[-1:])}")
-    where = ["--gpus", device.index] if device.type == "cuda" else ["--cpu_processes", 1]
-    run_train(folder, "whole", *where)
-    run_train(folder, "killed", *where, die_before=2)
-    _, said = run_train(folder, "killed", *where)
-    if "going on after epoch 1" not in said:
+def compare_resumed(m, check, *options, **environment):
+    """Whether a training that is killed before its third epoch and goes on ends as one that is not killed."""
+    log_dir = check.replace(" ", "_")
+    whole, _ = train(m, log_dir, *options, **environment)
+    train(m, f"{log_dir}_2", *options, killed_before=2, **environment)
+    killed, printed = train(m, f"{log_dir}_2", *options, **environment)
+    if "going on after epoch 1" not in printed:
         raise RuntimeError("it did not go on from where it was killed")
-    whole, killed = (read_metrics(folder / name) for name in ("whole", "killed"))
-    apart = np.abs(whole - killed).to_numpy().max()
-    about = "to the bit" if apart == 0 else "not to the bit"
-    holds = apart == 0 or device.type == "cuda" and apart < 1e-2  # not every sum of a GPU has a fixed order
-    table.expect("killed and continued: the same metrics", len(killed) == 3 and holds, apart, about=about)
+    apart = float(np.abs(whole - killed).to_numpy().max())
+    holds = len(killed) == 3 and (apart == 0 or bool(m.gpus) and apart < 1e-2)  # a GPU's sums may have no fixed order
+    return row(f"{check}: the same metrics", apart, holds=holds, about="to the bit" if apart == 0 else "not to the bit")
 
 
-def read_metrics(log_dir):
-    return pd.read_csv(log_dir / "metrics" / "fold=0.csv").drop(columns="seconds")
+def check_resume(m):
+    yield compare_resumed(m, "killed and continued")
 
 
-def check_several(table, folder, gpus):
-    """A fold on two GPUs runs; two folds on one each give what one GPU gives. After check_resume, in the same folder."""
-    if len(gpus) < 2:
-        table.add("a fold on two GPUs (DDP); a fold each", "left out", about="there are not two GPUs")
-        return
-    seconds, _ = run_train(folder, "ddp", "--gpus", *gpus[:2])
-    learned = read_metrics(folder / "ddp")["train_loss"]
-    table.expect("a fold on two GPUs (DDP): the loss falls", learned.iloc[-1] < learned.iloc[0], seconds, "s")
-    run_train(folder, "parallel", "--gpus", *gpus[:2], "--folds", 0, 1, "--parallel_folds")
-    apart = np.abs(read_metrics(folder / "whole") - read_metrics(folder / "parallel")).to_numpy().max()
-    table.expect("two folds, one on each GPU: the metrics of one GPU", apart < 1e-2, apart)
+def check_several(m):
+    if len(m.gpus) < 2:
+        return (yield row("several GPUs", about="there are not two"))
+    two = ["--gpus", *m.gpus[:2]]
+    losses = train(m, "ddp", *two)[0]["train_loss"]
+    fall = float(losses.iloc[-1] / losses.iloc[0])
+    yield row("a fold on two GPUs (DDP): the loss falls", fall, "x", holds=fall < 1)
+    alone, parallel = train(m, "alone")[0], train(m, "parallel", *two, "--folds", 0, 1, "--parallel_folds")[0]
+    apart = float(np.abs(alone - parallel).to_numpy().max())
+    yield row("a fold on each of two GPUs: the metrics of one GPU", apart, holds=apart < 1e-2)
 
 
 # ---------------------------------------------------------------------------------------------- how fast?
 
 
-def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def time_in_turns(m, *tasks):
+    """Median seconds of each function. They take turns, so that all see the same state of the machine."""
+    repeats, seconds = 10 if m.gpus else 1, []
+    for task in tasks * 6:
+        started = time.perf_counter()
+        for _ in range(repeats):
+            task()
+        m.synchronise()
+        seconds.append((time.perf_counter() - started) / repeats)
+    return np.median(np.reshape(seconds, (6, -1))[1:], axis=0).tolist()  # the first turn warms up
 
 
-def make_step(device, size, batch, precision, channels_last=True, compiled=False, fused=True):
-    """A function of images and labels, by default always the same, that takes one training step as train.py does."""
-    module = LeafModule(draw_network(device), "cosine", 1e-3, 0)
-    network = module.network.train()
-    if not channels_last:
-        network = network.to(memory_format=torch.contiguous_format)
-    run = torch.compile(network) if compiled else network
-    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=precision == "16")
-    optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=fused)
-    of_default = draw_batch(device, batch, size)
+def compute_logits(network, images, plain):
+    """Logits as train.py and the predictions compute them, or plainly: NCHW in memory."""
+    return network.logits(network.normalise(images).contiguous()) if plain else network(images)
 
-    def step(images=of_default[0], labels=of_default[1]):
-        with autocast(device.type, precision):
-            # the photos come in channels last, and one of both is enough for a convolution to compute that way
-            logits = run(images) if channels_last else network.logits(network.normalise(images).contiguous())
-            loss = module.loss(logits, labels)
-        optimise(loss, network, optimizer, scaler)
+
+def make_step(m, plain=False, compiled=False):
+    """A function that takes one training step as train.py does, or as plain float32 code would."""
+    network, precision = draw_network(m.device).train(), "32" if plain else m.precision
+    module = LeafModule(network, "cosine", 1e-3, seed=0)
+    if plain:
+        network.to(memory_format=torch.contiguous_format)
+    if compiled:
+        network.compile()
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=not plain)
+    scaler = torch.amp.GradScaler(m.device.type, init_scale=1024.0, enabled=precision == "16")
+    drawn = draw_batch(m.device, m.batch, m.size)
+
+    def step(images=drawn[0], labels=drawn[1]):
+        optimizer.zero_grad()
+        with devices.autocast(m.device.type, precision):
+            loss = module.loss(compute_logits(network, images, plain), labels)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
 
     return step
 
 
-def time_steps(step, device):
-    """Seconds of a step, on average of as many as fit into a few seconds, after some to warm up."""
-    seconds = 4 if device.type == "cuda" else 0.5
-    for _ in range(3 if device.type == "cuda" else 1):
-        step()
-    synchronise(device)
-    n, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        step()
-        n += 1
-        if n % 5 == 0:
-            synchronise(device)
-    synchronise(device)
-    return (time.perf_counter() - started) / n
-
-
-def measure_memory(table, device, size, precision):
-    """Peak memory of a step for several batches; returns the largest that fits. Raises RuntimeError if none does."""
-    fitting = BATCHES[0] if device.type == "cpu" else None
-    for batch in BATCHES:
-        check = f"memory at {size[0]}x{size[1]}, batch {batch}"
-        if device.type == "cpu":
-            table.add(check, "left out", about="there is no GPU")
-            continue
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+def measure_memory(m):
+    """Peak memory of a step for several batches; the other rows are about the largest that fits."""
+    for batch in m.batches if m.gpus else ():
+        before, m.batch = m.batch, batch
+        torch.cuda.reset_peak_memory_stats(m.device)
         try:
-            step = make_step(device, size, batch, precision)
-            for _ in range(2):  # Adam's state is made at the end of the first
-                step()
-            synchronise(device)
+            step = make_step(m)
+            step(), step()  # Adam's state is made at the end of the first
         except RuntimeError as error:
-            if out_of_memory(error) is None:
+            if not devices.OUT_OF_MEMORY.search(str(error)):
                 raise
-            table.add(check, "figure", about="more than there is: --accumulate_grad_batches")
-            break
-        fitting = batch
-        table.add(check, "figure", torch.cuda.max_memory_reserved(device) / 2**30, "GiB")
-        del step
-    if fitting is None:
-        raise RuntimeError(f"not even a batch of {BATCHES[0]} fits: how fast it is cannot be told")
-    return fitting
+            m.batch = before
+            return (yield row(f"GPU memory, batch {batch}", about="more than there is: --accumulate_grad_batches"))
+        yield row(f"GPU memory, batch {batch}", torch.cuda.max_memory_allocated(m.device) / 2**30, "GiB")
 
 
-def measure_step(table, device, size, batch, precision):
-    """Seconds of a step as train.py takes it."""
-    usual = time_steps(make_step(device, size, batch, precision), device)
-    table.add(f"training step, {size[0]}x{size[1]}, batch {batch}", "figure", batch / usual, "photos/s")
-    return usual
+def measure_training(m):
+    step = make_step(m)
+    (m.step,) = time_in_turns(m, step)
+    yield row(f"training step, precision {m.precision}, batch {m.batch}", m.batch / m.step, "photos/s")
+    ours, plain = time_in_turns(m, step, make_step(m, plain=True))
+    yield row("  against plain: float32, eager, NCHW", plain / ours, "x")
 
 
-def measure_busy(table, device, size, batch, precision):
+def measure_busy(m):
     """The share of the time in which kernels run, while steps follow each other on data that is on the GPU."""
-    if device.type == "cpu":
-        table.add("share of the time in which the GPU computes", "left out", about="there is no GPU")
-        return
-    step, n = make_step(device, size, batch, precision), 5
-    for _ in range(3):
-        step()
-    synchronise(device)
+    if not m.gpus:
+        return (yield row("  share of the time in which the GPU computes", about="there is no GPU"))
+    step = make_step(m)
+    time_in_turns(m, step)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         started = time.perf_counter()
-        for _ in range(n):
-            step()
-        synchronise(device)
+        step(), step(), step()
+        m.synchronise()
         seconds = time.perf_counter() - started
     computing = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
-    table.add("share of the time in which the GPU computes", "figure", computing / seconds, "x")
+    yield row("  share of the time in which the GPU computes", computing / seconds, "x")
 
 
-def measure_ratio(table, what, about, device, size, batch, precision, usual, **other):
-    """How much faster a step is with a setting than without; other: what make_step is to do otherwise than train.py."""
-    seconds = time_steps(make_step(device, size, batch, precision, **other), device)
-    table.add(f"  {what}, against not", "figure", seconds / usual, "x", about)
-
-
-def measure_free_cudnn(table, device, size, batch, precision, usual):
-    """What cuDNN would gain if it might choose any algorithm, by trying them out; not on a CPU, which has none."""
-    what = "  cudnn.benchmark, not deterministic, against off"
-    if device.type == "cpu":
-        table.add(what, "left out", about="there is no GPU")
-        return
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
-    try:
-        free = time_steps(make_step(device, size, batch, precision), device)
-    finally:
-        compute_exactly("16")
-    table.add(what, "figure", usual / free, "x", "off in train.py")
-
-
-def measure_compiling(table, device, size, batch, precision, usual):
-    """What torch.compile of the network does to the time of a step, and how long it takes; the last: it takes minutes."""
-    what = "  torch.compile of the network, against not"
-    if device.type == "cpu":
-        table.add(what, "left out", about="there is no GPU")
-        return
-    started = time.perf_counter()
-    step = make_step(device, size, batch, precision, compiled=True)
-    try:
-        step()
-    except Exception as error:  # whatever a compiler says: train.py does without it
-        table.add(what, "left out", about=" ".join(str(error).split())[:80])
-        return
-    synchronise(device)
-    about = f"off in train.py; the first step takes {time.perf_counter() - started:.0f} s"
-    table.add(what, "figure", usual / time_steps(step, device), "x", about)
-
-
-class Noise:
-    """Indexable as the image cache is: row → uint8 (height, width, 3)."""
-
-    def __init__(self, size):
-        self.images = np.random.default_rng(0).integers(0, 256, (64, *size, 3), dtype=np.uint8)
-
-    def __getitem__(self, row):
-        return self.images[row % len(self.images)]
-
-
-def measure_loader(table, device, size, batch, precision, usual, workers):
+def measure_loader(m):
     """Steps on batches from the loader, against the same on data that is on the device already."""
-    n_steps = 40 if device.type == "cuda" else 4
-    check_shared_memory(size, batch, n_steps, workers)
-    first = 2 * workers + 4
-    n = (n_steps + first) * batch
-    dataset = LeafDataset(
-        Noise(size), [f"Train_{i}" for i in range(n)], np.eye(4)[np.arange(n) % 4], train_augmentation()
-    )
-    loader = make_loader(dataset, EpochSampler(np.arange(n), batch, 0, 0), batch, workers, device.type == "cuda")
-    step = make_step(device, size, batch, precision)
-    for number, data in enumerate(loader):
-        if number == first:  # what the loader had ready while the first step warmed up is not its rate
-            synchronise(device)
+    n_steps, first = (40 if m.gpus else 4), 2 * m.num_workers + 4  # what is ready at the start is not the loader's rate
+    n = (n_steps + first) * m.batch
+    images, labels = (np.broadcast_to(one, (n, *one.shape[1:])) for one in draw_batch("cpu", 1, m.size))
+    dataset = LeafDataset(images, [f"Train_{i}" for i in range(n)], labels, train_augmentation())
+    loader = make_loader(dataset, [(0, 0, i) for i in range(n)], m.batch, m.num_workers, pin_memory=bool(m.gpus))
+    step = make_step(m)
+    for number, batch in enumerate(loader):
+        if number == first:
+            m.synchronise()
             started = time.perf_counter()
-        step(*(data[name].to(device, non_blocking=True) for name in ("image", "label")))
-    synchronise(device)
-    seconds = (time.perf_counter() - started) / n_steps
-    about = f"{workers} workers; goal: at least 0.9"
-    table.add("steps fed by the loader, against data on the device", "figure", usual / seconds, "x", about)
-    return seconds
+        step(*(batch[name].to(m.device, non_blocking=True) for name in ("image", "label")))
+    m.synchronise()
+    m.fed = (time.perf_counter() - started) / n_steps
+    yield row("  fed by the loader, against data on the device", m.step / m.fed, "x", about="goal: at least 0.9")
 
 
-def measure_prediction(table, device, size, batch, low_precision):
-    """Seconds a photo in float32, as steps 2 and 4 predict, and in the precision in which train.py validates."""
-    network, (images, _) = draw_network(device).eval(), draw_batch(device, batch, size)
-    fold_batch_norm(network.backbone)
+def measure_prediction(m):
+    """As steps 2 and 4 predict, and in the precision in which train.py validates."""
+    images, _ = draw_batch(m.device, m.batch, m.size)
+    ours, simple = draw_network(m.device).eval(), draw_network(m.device).eval()
+    fold_batch_norm(ours.backbone)
+    simple.to(memory_format=torch.contiguous_format)
 
-    def predict(precision):
-        with torch.inference_mode(), autocast(device.type, precision):
-            network(images).softmax(1)
+    def predict(network, precision="32"):
+        with torch.inference_mode(), devices.autocast(m.device.type, precision):
+            network.probabilities(compute_logits(network, images, plain=network is simple)).cpu()
 
-    full = time_steps(partial(predict, "32"), device) / batch
-    table.add("prediction in float32", "figure", 1 / full, "photos/s")
-    if low_precision == "32":
-        return full, full
-    lower = time_steps(partial(predict, low_precision), device) / batch
-    table.add(f"  --precision {low_precision}, against it", "figure", full / lower, "x", "off in steps 2 and 4")
-    return full, lower
-
-
-def estimate_hours(train, validate, predict, size):
-    """Hours of all five steps at 480x768 on one device, from the seconds a photo at `size`, by the number of pixels."""
-    scale = SIZE[0] * SIZE[1] / (size[0] * size[1])
-    n, folds = PHOTOS["train"], PHOTOS["folds"]
-    round_of = PHOTOS["epochs"] * n * ((folds - 1) * train + validate)
-    tests = PHOTOS["test"] * PHOTOS["draws"] * folds * predict
-    return scale * (2 * round_of + n * predict + 2 * tests) / 3600
+    tasks = partial(predict, ours), partial(predict, simple), partial(predict, ours, m.precision)
+    m.predict, plain, m.validate = time_in_turns(m, *tasks)
+    yield row(f"prediction in float32, batch {m.batch}", m.batch / m.predict, "photos/s")
+    yield row("  against plain: float32, eager, NCHW", plain / m.predict, "x")
+    yield row(f"  --precision {m.precision}, against it", m.predict / m.validate, "x")
 
 
-def describe_gpu(device):
-    """What of a GPU's software figures depend on, dict of name to text."""
-    if device.type == "cpu":
-        return {}
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(asked, capture_output=True, text=True, timeout=10).stdout.split("\n")[0]
-    except (OSError, subprocess.SubprocessError):
-        driver = "unknown"
-    return {"driver": driver, "cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+def estimate_hours(train, validate, predict):
+    """Hours of all five steps on one device, from the seconds per photo."""
+    training = 2 * EPOCHS * PHOTOS * ((FOLDS - 1) * train + validate)
+    return (training + (1 + 2 * VIEWS * FOLDS) * PHOTOS * predict) / 3600
+
+
+def estimate(m):
+    scale = SIZE[0] * SIZE[1] / (m.size[0] * m.size[1] * m.batch)
+    hours = estimate_hours(m.fed * scale, m.validate * scale, m.predict * scale)
+    yield row("all five steps at 480x768, computed by the pixels", hours, "hours")
+
+
+def measure_compiling(m):
+    """What --compile does to the time of a training step, and to a training that is killed and continued."""
+    config = torch._inductor.config
+    for deterministic in (False, True) if hasattr(config, "deterministic") else (False,):
+        how, config.deterministic = "--compile" + ", deterministic" * deterministic, deterministic
+        torch.compiler.reset()
+        started, step = time.perf_counter(), make_step(m, compiled=True)
+        step()
+        about = f"the first step takes {time.perf_counter() - started:.0f} s"
+        compiled, eager = time_in_turns(m, step, make_step(m))
+        yield row(f"training step, {how}, against not", eager / compiled, "x", about=about)
+        environment = {"TORCHINDUCTOR_DETERMINISTIC": str(int(deterministic))}
+        yield compare_resumed(m, f"{how}, killed and continued", "--compile", **environment)
+
+
+QUICK = [check_logits, check_gradients, measure_memory, measure_training, measure_busy]
+QUICK += [measure_loader, measure_prediction, estimate]
+SLOW = [check_resume, check_several, measure_compiling]
 
 
 def main(args):
-    quiet_libraries()
-    kind, indices = choose_device(None)
-    device = torch.device(kind, indices[0])
-    on_gpu = kind == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device)
-    compute_exactly("32")
-    size, precision = SIZE if on_gpu else SMALL_SIZE, choose_precision(None, kind)
-    name = (
-        torch.cuda.get_device_name(device)
-        if on_gpu
-        else "CPU: there is no GPU, so this shows only that the checks work"
-    )
-    record = {"device": name, "environment": describe_environment() | describe_gpu(device), "size": size}
+    console.quiet_libraries()
+    kind, indices = devices.choose_device(None)
+    devices.compute_exactly("32")
+    m = SimpleNamespace(device=torch.device(kind, indices[0]), gpus=indices if kind == "cuda" else [])
+    m.synchronise = partial(torch.cuda.synchronize, m.device) if m.gpus else lambda: None
+    m.size, m.batches = args.image_size or (SIZE if m.gpus else SMALL_SIZE), args.batches
+    m.batch, m.num_workers, m.precision = m.batches[0], args.num_workers, devices.choose_precision(None, kind)
+    name, software = "CPU: there is no GPU", devices.describe_environment()
+    if m.gpus:
+        name, driver = (
+            torch.cuda.get_device_name(m.device),
+            "nvidia-smi --query-gpu=driver_version --format=csv,noheader",
+        )
+        software |= {"cuda": torch.version.cuda, "driver": subprocess.getoutput(driver)}
+    record = {"device": name, "size": m.size, "num_workers": m.num_workers, "environment": software, "checks": []}
+    print(f"{name}; torch {torch.__version__}, photos of {m.size[0]}x{m.size[1]}", flush=True)
 
-    def keep(rows):
+    def add(found):
+        shown = "" if found["value"] is None else f"{found['value']:.4g} {found['unit']}"
+        print(f"{found['check']:56} {found['result']:8} {shown:>16}  {found['about']}".rstrip(), flush=True)
+        record["checks"].append(found)
         with atomic_write(args.out, "w") as file:
-            json.dump(record | {"checks": rows}, file, indent=1)
+            json.dump(record, file, indent=1)
 
-    table, started = Table(keep), time.perf_counter()
-    print(f"{name}; torch {torch.__version__}, {args.num_workers} workers", flush=True)
-
-    def attempt(title, check, *arguments, **options):
-        """The result of a check, or None, with a row that says so, if it ends in an error, any one: the others still count."""
-        try:
-            return check(table, *arguments, **options)
-        except (Exception, InputError) as error:
-            table.add(title, "failed", about=f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
-
-    attempt("float32 logits as on the CPU", check_agreement, device)
-    attempt("the gradient of two parts is that of the whole", check_accumulation, device)
-    attempt("fp16 with the loss scaler", check_fp16, device, SMALL_SIZE, 12 if on_gpu else 3)
     with tempfile.TemporaryDirectory() as folder:
-        if args.quick:
-            table.add("killed and continued", "left out", about="--quick")
-        else:
-            attempt("killed and continued: the same metrics", check_resume, Path(folder), device)
-            attempt("several GPUs", check_several, Path(folder), indices if on_gpu else [])
-    batch = attempt("memory", measure_memory, device, size, precision) or BATCHES[0]
-    usual = attempt("training step", measure_step, device, size, batch, precision)
-    of_step = device, size, batch, precision
-    if usual:
-        for what, about, other in (
-            ("channels last", "on in train.py", {"channels_last": False}),
-            ("fused Adam", "on in train.py", {"fused": False}),
-        ):
-            attempt(f"  {what}, against not", measure_ratio, what, about, *of_step, usual, **other)
-        attempt("  cudnn.benchmark, not deterministic, against off", measure_free_cudnn, *of_step, usual)
-    attempt("share of the time in which the GPU computes", measure_busy, *of_step)
-    fed = usual and attempt("loader", measure_loader, *of_step, usual, args.num_workers)
-    predicted = attempt("prediction", measure_prediction, *of_step)
-    if fed and predicted:
-        hours = estimate_hours(fed / batch, predicted[1], predicted[0], size)
-        table.add("all five steps at 480x768 on this device, computed", "figure", hours, "hours")
-    if usual:
-        attempt("  torch.compile of the network, against not", measure_compiling, *of_step, usual)
-    failed = [row["check"] for row in table.rows if row["result"] == "failed"]
-    print(f"{(time.perf_counter() - started) / 60:.1f} minutes; {len(failed)} checks failed")
-    if failed:
-        raise InputError(f"{'; '.join(failed)}: see the table, and {args.out}")
+        m.folder = Path(folder)
+        for check in QUICK + SLOW * (not args.quick):
+            try:
+                for found in check(m):
+                    add(found)
+            except Exception as error:  # one check's error loses no other
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+                too_large = devices.OUT_OF_MEMORY.search(reason)  # no fault of the GPU
+                add(row(check.__name__, holds=None if too_large else False, about=reason))
+    if failed := [found["check"].strip() for found in record["checks"] if found["result"] == "failed"]:
+        raise console.InputError(f"{'; '.join(failed)}: see the table, and {args.out}")
 
 
 if __name__ == "__main__":
-    parser = Parser(__doc__)
-    group = parser.add_argument_group("how")
-    group.add_argument(
-        "--num_workers", type=not_negative, default=min(8, cpu_count()), help="processes that load photos"
-    )
-    group.add_argument("--quick", action="store_true", help="without the check that trains in processes of its own")
-    group.add_argument(
-        "--out", type=file_or_folder, default="gpu_check.json", metavar="JSON", help="where the figures go"
-    )
-    main(parse_args(parser))
+    parser, count = console.Parser(__doc__), console.positive
+    size = {"type": console.pixels, "nargs": 2, "metavar": ("H", "W")}
+    parser.add_argument("--image_size", **size, help="of the photos; by default 480 768 on a GPU, 64 96 on a CPU")
+    parser.add_argument("--batches", type=count, nargs="+", default=[8, 16, 32], metavar="N", help="batch sizes to try")
+    workers = {"type": console.not_negative, "default": min(8, cpu_count())}
+    parser.add_argument("--num_workers", **workers, help="processes that load photos")
+    parser.add_argument("--quick", action="store_true", help="leave out what takes minutes: trainings, --compile")
+    parser.add_argument("--out", type=console.file_or_folder, default="gpu_check.json", help="file for the table")
+    main(console.parse_args(parser))

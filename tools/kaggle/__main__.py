@@ -6,7 +6,7 @@
   kaggle kernels output NAME/plant-pathology-1 -p kaggle_output
   python -m tools.kaggle NAME --session 2     # if the first says that another one is needed; then push again
 
-Reads   the scripts, harness/ and requirements.txt of this repository.
+Reads   the scripts of the five steps, every file of this repository that they import, and requirements.txt.
 Writes  kaggle_push/: run.py, which holds them all, and kernel-metadata.json.
 """
 
@@ -18,33 +18,43 @@ import re
 import tarfile
 from pathlib import Path
 
-from harness.console import Parser, file_or_folder, parse_args, positive, positive_number, say
+from harness.console import InputError, Parser, file_or_folder, parse_args, positive, positive_number, say
 from harness.files import atomic_write
+from harness.record import source_files
 
 REPO = Path(__file__).parent.parent.parent
+STEPS = ("train.py", "generate_soft_labels.py", "generate_distilled_submission.py", "blend.py")
 SLUG = "plant-pathology"
-COMPETITION = "plant-pathology-2020-fgvc7"
+LARGEST_SCRIPT = 1_000_000  # bytes that Kaggle takes
 # As the original on two GPUs: 16 photos at a time in batch norm. Half the memory of 32, for a T4 of 16 GB.
 OPTIONS = "--train_batch_size 32 --accumulate_grad_batches 2 --parallel_folds"
 
 
-def pack_repository():
-    """The files that the five steps run, as a tar archive in base64, text."""
-    files = [*REPO.glob("*.py"), *REPO.glob("harness/*.py"), REPO / "requirements.txt"]
+def pack(files):
+    """What the five steps import, and `files` for their working directory: a tar archive in base64, text."""
+    members = {f"repository/{name}": path for step in STEPS for name, path in source_files(step).items()}
+    members |= {"repository/requirements.txt": REPO / "requirements.txt", **{f"files/{name}": name for name in files}}
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:xz") as archive:
-        for path in sorted(files):
-            archive.add(path, path.relative_to(REPO).as_posix())
+        for name, path in sorted(members.items()):
+            member = archive.gettarinfo(path, name)
+            member.mtime = 0  # the same files make the same archive
+            with open(path, "rb") as file:
+                archive.addfile(member, file)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def write_script(path, options, session, hours):
-    """Write the one file that Kaggle runs: session.py with the repository inside it."""
-    packed = json.dumps({"repository": pack_repository(), "options": options, "session": session, "hours": hours})
+def write_script(path, files, **settings):
+    """Write the one file that Kaggle runs: session.py, with the archive and the settings in it. Returns its size."""
+    packed = json.dumps({"archive": pack(files), **settings})
     text = (Path(__file__).parent / "session.py").read_text(encoding="utf-8")
     line = next(line for line in text.splitlines() if line.startswith("PACKED = "))
+    text = text.replace(line, f"PACKED = {packed!r}")
+    if len(text) > LARGEST_SCRIPT:
+        raise InputError(f"{path} would have {len(text) / 1e6:.1f} MB, but Kaggle takes 1 MB: pack fewer --files")
     with atomic_write(path, "w") as file:
-        file.write(text.replace(line, f"PACKED = {packed!r}"))
+        file.write(text)
+    return len(text)
 
 
 def describe_kernel(name, session, datasets=()):
@@ -59,7 +69,7 @@ def describe_kernel(name, session, datasets=()):
         "enable_gpu": True,
         "enable_internet": True,
         "machine_shape": "NvidiaTeslaT4",  # some who left it out got a P100, for which today's torch holds no code
-        "competition_sources": [COMPETITION],
+        "competition_sources": ["plant-pathology-2020-fgvc7"],
         "dataset_sources": list(datasets),
         "kernel_sources": [f"{name}/{SLUG}-{session - 1}"] if session > 1 else [],
     }
@@ -71,27 +81,34 @@ def kaggle_name(text):
     return text
 
 
+def packable_file(text):
+    if not Path(text).is_file() or Path(text).is_absolute() or ".." in Path(text).parts:
+        raise argparse.ArgumentTypeError(f"{text} is not a file in the working directory or in a folder below it")
+    return Path(text).as_posix()
+
+
 def main(args):
     folder = Path(args.out)
-    write_script(folder / "run.py", args.options, args.session, args.hours)
+    settings = {"options": args.options, "session": args.session, "hours": args.hours}
+    size = write_script(folder / "run.py", args.files, **settings)
     with atomic_write(folder / "kernel-metadata.json", "w") as file:
         json.dump(describe_kernel(args.name, args.session, args.dataset), file, indent=2)
-    size = (folder / "run.py").stat().st_size
-    say(
-        f"wrote {folder}: run.py ({size / 1e3:.0f} kB) and kernel-metadata.json. Now: kaggle kernels push -p {folder} "
-        "--accelerator NvidiaTeslaT4 --timeout 42600"
-    )
+    push = f"kaggle kernels push -p {folder} --accelerator NvidiaTeslaT4 --timeout 42600"
+    say(f"wrote {folder}: run.py ({size / 1e3:.0f} kB) and kernel-metadata.json. Now: {push}")
 
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("name", type=kaggle_name, help="your name at Kaggle, as in the address of your profile")
     group = parser.add_argument_group("the session")
-    group.add_argument("--session", type=positive, default=1, metavar="N", help="the N-th, after N - 1 were cut short")
+    group.add_argument("--session", type=positive, default=1, metavar="N", help="number of this session")
+    group.add_argument("--options", default=OPTIONS, help="options of train.py, in quotes")
+    files = {"type": packable_file, "nargs": "+", "default": [], "metavar": "FILE"}
     group.add_argument(
-        "--dataset", nargs="+", default=[], metavar="OWNER/NAME", help="data sets to attach: ImageNet weights, wheels"
+        "--files", **files, help="files that an edit of the recipe reads, such as a CSV of an earlier run"
     )
-    group.add_argument("--options", default=OPTIONS, help="of train.py, in one word")
-    group.add_argument("--hours", type=positive_number, default=11.5, help="after so many hours what is done is kept")
-    group.add_argument("--out", type=file_or_folder, default="kaggle_push", metavar="FOLDER", help="where it is packed")
+    data = {"nargs": "+", "default": [], "metavar": "OWNER/NAME"}
+    group.add_argument("--dataset", **data, help="Kaggle data sets to attach: ImageNet weights, Python wheels")
+    group.add_argument("--hours", type=positive_number, default=11.5, help="stop after this time; what is done is kept")
+    group.add_argument("--out", type=file_or_folder, default="kaggle_push", metavar="FOLDER", help="folder to write")
     main(parse_args(parser))

@@ -6,6 +6,7 @@ Expect  each command as it is run; in the end what is done, or that another sess
 """
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -20,72 +21,57 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 STARTED = time.monotonic()
-PACKED = {}  # tools.kaggle puts here: the repository, the options of train.py, the session's number and its hours
+PACKED = {}  # tools.kaggle puts here: the archive, the options of train.py, the session's number and its hours
 ROOT = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))
-INPUT, WORKING, REPO = ROOT / "input", ROOT / "working", ROOT / "temp" / "repository"
-LOG_DIRS = ("logs", "logs_submit_distill")
-ANALYSIS = ("matplotlib", "Jinja2", "grad-cam", "cleanlab", "ImageHash")  # what the five steps do without
-BUILDS = (  # of OpenCV: one is enough, two break each other
-    "opencv-python-headless",
-    "opencv-python",
-    "opencv-contrib-python",
-    "opencv-contrib-python-headless",
-)
+INPUT, WORKING, TEMP = ROOT / "input", ROOT / "working", ROOT / "temp"  # the last is no part of the output
+REPO, STEPS_DONE = TEMP / "repository", WORKING / "steps_done.txt"
+ANALYSIS = ("matplotlib", "Jinja2", "grad-cam", "cleanlab", "ImageHash")  # the five steps do without them
+# Builds of OpenCV: one is enough, two break each other.
+BUILDS = [f"opencv-{kind}" for kind in ("python-headless", "python", "contrib-python", "contrib-python-headless")]
 
 
-def end(message):
-    raise SystemExit(f"error: {message}")
+def take_over():
+    """Copy the output of the session before, which is attached as an input and so read-only, to WORKING."""
+    outputs = {path.parent.parent for path in INPUT.rglob("logs/hparams.yaml")}
+    latest = sorted(outputs, key=lambda folder: [int(n) for n in re.findall(r"\d+", str(folder))])[-1:]
+    for output in latest if not (WORKING / "logs").exists() else ():
+        print(f"going on from {output}", flush=True)
+        shutil.copytree(output, WORKING, dirs_exist_ok=True, copy_function=shutil.copyfile)
 
 
 def unpack():
-    """Lay out the repository in ROOT/temp, which is no part of the output."""
-    REPO.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(fileobj=io.BytesIO(base64.b64decode(PACKED["repository"]))) as archive:
-        archive.extractall(REPO, filter="data")
+    """Lay out the repository in TEMP, and further files in WORKING, where the session before has left none."""
+    with tarfile.open(fileobj=io.BytesIO(base64.b64decode(PACKED["archive"]))) as archive:
+        archive.extractall(TEMP, filter="data")
+    for path in (TEMP / "files").rglob("*"):
+        target = WORKING / path.relative_to(TEMP / "files")
+        if path.is_file() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def install():
-    """Install the packages of requirements.txt that are missing here, or too old or new, and no others."""
-    needed = []
-    for line in (REPO / "requirements.txt").read_text().splitlines():
-        requirement = line.split("#")[0].replace(" ", "")
-        if requirement and not re.match("|".join(ANALYSIS), requirement) and not is_there(requirement):
-            needed.append(requirement)
+    """Install the packages of requirements.txt that are missing here, too old or too new, and no others."""
+    lines = [line.split("#")[0].strip() for line in (REPO / "requirements.txt").read_text().splitlines()]
+    wanted = [Requirement(line) for line in lines if line]
+    needed = [str(package) for package in wanted if package.name not in ANALYSIS and not is_there(package)]
     if needed:
         wheels = sorted({str(path.parent) for path in INPUT.rglob("*.whl")})
         offline = ["--no-index", *(word for folder in wheels for word in ("--find-links", folder))] if wheels else []
         run([sys.executable, "-m", "pip", "install", "--quiet", *offline, *needed])
 
 
-def is_there(requirement):
-    """Whether a requirement, NAME with ==, >= or < and a version, is met by what is installed."""
-    name, limits = re.fullmatch(r"([\w.-]+)(.*)", requirement).groups()
-    names = BUILDS if name in BUILDS else (name,)
-    found = next((numbers(there) for there in map(installed_version, names) if there), None)
-    if found is None:
-        return False
-    for limit in filter(None, limits.split(",")):
-        operator, wanted = re.fullmatch(r"(==|>=|<)(.*)", limit).groups()
-        wanted = numbers(wanted)
-        length = max(len(found), len(wanted))
-        found, wanted = (parts + (0,) * (length - len(parts)) for parts in (found, wanted))
-        if not {"==": found == wanted, ">=": found >= wanted, "<": found < wanted}[operator]:
-            return False
-    return True
-
-
-def installed_version(name):
-    """The version of an installed package, text, or None."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def numbers(text):
-    """A version as a tuple that can be compared; what comes after a + or a letter is left out."""
-    return tuple(int(part) for part in re.match(r"[\d.]*\d", text).group().split("."))
+def is_there(package):
+    """Whether a Requirement is met by what is installed: for OpenCV by any of its builds."""
+    for name in BUILDS if package.name in BUILDS else [package.name]:
+        try:
+            return package.specifier.contains(version(name), prereleases=True)
+        except PackageNotFoundError:
+            continue
+    return False
 
 
 def find_data():
@@ -93,69 +79,51 @@ def find_data():
     for path in sorted(INPUT.rglob("train.csv")):
         if (path.parent / "images").is_dir():
             return path.parent
-    end(f"no train.csv beside images/ below {INPUT}: attach the competition's data and accept its rules")
-
-
-def take_over():
-    """Copy what an earlier session has left, attached as an input, which is read-only, to ROOT/working."""
-    found = [path.parent for path in INPUT.rglob("hparams.yaml") if path.parent.name in LOG_DIRS]
-    kept = sorted(
-        found, key=lambda folder: [int(n) for n in re.findall(r"\d+", str(folder))], reverse=True
-    )  # last first
-    for folder in kept:
-        if not (WORKING / folder.name).exists():
-            print(f"going on from {folder}", flush=True)
-            shutil.copytree(folder, WORKING / folder.name, copy_function=shutil.copyfile)
-            for path in folder.parent.glob("*.csv"):
-                shutil.copyfile(path, WORKING / path.name)
+    raise SystemExit(f"error: no train.csv beside images/ in {INPUT}: attach the competition's data, accept its rules")
 
 
 def find_weights():
-    """The option that names the starting weights: an attached file, or none, so that they are downloaded."""
+    """The option that names the initial weights: an attached file, or none, so that they are downloaded."""
     found = sorted(INPUT.rglob("*se_resnext50_32x4d*.pth"))
     return ["--weights", str(found[0])] if found else []
 
 
 def run(command):
-    """Run a command to its end, or to that of the session: then it is told to stop, which keeps what it has done."""
+    """Run a command to its end, or kill it when the session is nearly over: what it has written is whole."""
     print("$ " + shlex.join(command), flush=True)
     process = subprocess.Popen(command, cwd=WORKING, start_new_session=True)
     while process.poll() is None:
         if time.monotonic() > STARTED + PACKED["hours"] * 3600:
-            os.kill(process.pid, signal.SIGTERM)
-            try:
-                process.wait(120)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # what it has written is whole
-            print(
-                "The session is nearly over; what is done is kept. Send the next one, which goes on from this output: "
-                f"python -m tools.kaggle NAME --session {PACKED['session'] + 1}",
-                flush=True,
-            )
+            os.killpg(process.pid, signal.SIGKILL)
+            again = f"python -m tools.kaggle NAME --session {PACKED['session'] + 1}"
+            print(f"The session is nearly over. Send the next one, which goes on from this output: {again}", flush=True)
             raise SystemExit(0)
         time.sleep(0.2)
     if process.returncode:
-        end(f"that command ended with status {process.returncode}")
+        raise SystemExit(f"error: that command ended with status {process.returncode}")
 
 
 def main():
     WORKING.mkdir(parents=True, exist_ok=True)
+    take_over()
     unpack()
     install()
-    data, cache = find_data(), ROOT / "temp" / "image_cache"  # of 4 GB: not into the 20 GB of the output
-    take_over()
-    places = ["--data_dir", str(data), "--cache_dir", str(cache)]
-    training = [*places, *find_weights(), *shlex.split(PACKED["options"])]
-    steps = [  # the script, its options, and the file that is there when nothing of it is left to do
-        ("train.py", training, None),
-        ("generate_soft_labels.py", places, "submission.csv"),
-        ("train.py", [*training, "--soft_labels_filename", "soft_labels.csv", "--log_dir", LOG_DIRS[1]], None),
-        ("generate_distilled_submission.py", places, "submission_distill.csv"),
-        ("blend.py", [], "submission_mix.csv"),
-    ]
-    for script, options, result in steps:
-        if result is None or not (WORKING / result).exists():
-            run([sys.executable, str(REPO / script), *options])
+    # the cache has 4 GB: not into the 20 GB of the output
+    places = ["--data_dir", str(find_data()), "--cache_dir", str(TEMP / "image_cache")]
+    training = ["train.py", *places, *find_weights(), *shlex.split(PACKED["options"])]
+    for step in (
+        training,
+        ["generate_soft_labels.py", *places],
+        [*training, "--soft_labels_filename", "soft_labels.csv", "--log_dir", "logs_submit_distill"],
+        ["generate_distilled_submission.py", *places],
+        ["blend.py"],
+    ):
+        # with other files or options the step itself says whether what is there can be kept
+        done = hashlib.sha256((PACKED["archive"] + shlex.join(step)).encode()).hexdigest() + "\n"
+        if not STEPS_DONE.exists() or done not in STEPS_DONE.read_text():
+            run([sys.executable, str(REPO / step[0]), *step[1:]])
+            with open(STEPS_DONE, "a") as file:
+                file.write(done)
     print(f"done after {(time.monotonic() - STARTED) / 60:.0f} minutes: {WORKING / 'submission_mix.csv'}", flush=True)
 
 
