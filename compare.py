@@ -17,16 +17,10 @@ from utils import CLASSES
 
 def make_comparison_parser():
     """What compare.py takes."""
-    parser = Parser(__doc__)
-    paths = {"type": file_or_folder, "nargs": "+", "metavar": "LOG_DIR|CSV"}
+    parser, paths = Parser(__doc__), {"type": file_or_folder, "nargs": "+", "metavar": "LOG_DIR|CSV"}
     parser.add_argument("paths", **paths, help="log directories, or one submission")
-    group = parser.add_argument_group("comparison")
-    group.add_argument(
-        "--against",
-        **paths,
-        help="the other side: several runs of one variant, or a submission; default: the first path",
-    )
-    group.add_argument("--csv", type=file_or_folder, metavar="CSV", help="also write all figures to this file")
+    parser.add_argument("--against", **paths, help="what to compare with, runs of one variant; default: the first path")
+    parser.add_argument("--csv", type=file_or_folder, metavar="CSV", help="also write all figures to this file")
     return parser
 
 
@@ -39,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.runs import NOTHING_DIFFERS, check_same_photos, describe_changes, read_run
+from analysis.runs import NOTHING_DIFFERS, check_same_photos, describe_changes, read_minutes, read_run
 from analysis.statistics import compare, measure
 from harness.console import InputError
 from harness.files import check_writable, write_csv
@@ -48,15 +42,12 @@ from harness.tables import read_table
 
 SHOWN = 10  # photos that differ most
 
-# ---------------------------------------------------------------------------------------------- trainings
-
 
 def show(value, name, sign=False):
     """A figure as text."""
     digits = 0 if "photos" in name else 1 if name.startswith("minutes") else 4
-    if np.isinf(value):
-        return "unknown"
-    return "-" if np.isnan(value) else f"{value:{'+' if sign else ''}.{digits}f}"
+    text = f"{value:{'+' if sign else ''}.{digits}f}"
+    return "unknown" if np.isinf(value) else "-" if np.isnan(value) else text
 
 
 def print_table(rows):
@@ -65,6 +56,14 @@ def print_table(rows):
     for first, *others in rows:
         cells = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
         print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+
+
+def mean_auc(labels, scores):
+    """The mean column-wise AUC, nan if it is undefined: labels int (n,), scores float (n, k)."""
+    return measure(labels, scores, CLASSES)["mean AUC"][0]
+
+
+# ---------------------------------------------------------------------------------------------- trainings
 
 
 def name_of(runs):
@@ -78,11 +77,11 @@ def give_verdict(labels, variants, found):
     runs = [run for variant in variants for run in variant]
     if all(np.array_equal(runs[0].probabilities, run.probabilities) for run in runs):
         return f"{second} and {first} hold the same predictions"
+    what = f"{second} cannot be told apart from {first}"
     if np.isinf(found.high):
         alone = 1 in np.unique(labels, return_counts=True)[1]
         why = "of a class there is only one photo that all have" if alone else "there are too few photos or seeds"
-        return f"{second} cannot be told apart from {first}: {why}"
-    what = f"{second} cannot be told apart from {first}"
+        return f"{what}: {why}"
     if found:
         is_or_are = "are" if len(variants[1]) > 1 else "is"
         what = f"{second} {is_or_are} {'better' if found.value > 0 else 'worse'} than {first}"
@@ -97,44 +96,38 @@ def give_verdict(labels, variants, found):
 
 
 def print_notes(groups):
-    """Say what to know before the figures are believed."""
+    """Print what to know before the figures are believed."""
     for run in (run for group in groups for run in group):
         if run.records:
             note_differences(run.name, list(run.records))
         if why := run.why_flattered():
             print(f"note: the figures of {run.name} are too good: {why}")
-    for first, *others in groups:
-        for other in others:
-            changes = describe_changes(first, other, but_for={"seed", "the folds"})
-            if changes != NOTHING_DIFFERS:
-                print(f"note: {other.name} differs from {first.name}, though a run of the same variant: {changes}")
+    for first, other in ((first, other) for first, *others in groups for other in others):
+        changes = describe_changes(first, other, but_for={"seed", "the folds"})
+        if changes != NOTHING_DIFFERS:
+            print(f"note: {other.name} differs from {first.name}, though a run of the same variant: {changes}")
 
 
 def print_by_fold(labels, variants):
-    """The difference of the mean AUC in each fold, if all runs have the same folds."""
+    """Print the difference of the mean AUC in each fold, if all runs have the same folds."""
     folds = variants[0][0].folds
     if n := max(int((run.folds != folds).sum()) for runs in variants for run in runs):
         print(f"the folds are not the same ({n} photos are in another one): the comparison is photo by photo")
         return
     texts = []
     for fold in np.unique(folds):
-        chosen = folds == fold
-        first, second = (
-            np.mean([measure(labels[chosen], run.probabilities[chosen], CLASSES)["mean AUC"][0] for run in runs])
-            for runs in variants
-        )
+        of = folds == fold
+        first, second = (np.mean([mean_auc(labels[of], run.probabilities[of]) for run in runs]) for runs in variants)
         texts.append(f"{fold}: {show(second - first, 'mean AUC', sign=True)}")
     print(f"mean AUC by fold: {', '.join(texts)}")
 
 
 def print_moves(labels, variants):
-    """How many photos are decided differently, and those whose probabilities differ most."""
+    """Print how many photos are decided differently, and those whose probabilities differ most."""
     before, after = (np.mean([run.probabilities for run in runs], axis=0) for runs in variants)
     was, now = before.argmax(1), after.argmax(1)
-    better, worse = ((now != was) & (of == labels) for of in (now, was))
-    print(
-        f"decided differently: {(now != was).sum()} photos, {better.sum()} of them now right, {worse.sum()} now wrong"
-    )
+    n, better, worse = ((now != was) & of for of in (True, now == labels, was == labels))
+    print(f"decided differently: {n.sum()} photos, {better.sum()} of them now right, {worse.sum()} now wrong")
     rows = [["moved most", "label", "its probability", "prediction"]]
     for row in np.argsort(-np.abs(after - before).sum(1), kind="stable")[:SHOWN]:
         label, decided = labels[row], CLASSES[was[row]] + (f" → {CLASSES[now[row]]}" if was[row] != now[row] else "")
@@ -144,11 +137,10 @@ def print_moves(labels, variants):
 
 
 def compare_trainings(paths, against):
-    """Compare log directories, the second list against the first path or `against`; returns the rows of --csv."""
+    """Compare log directories, with those of `against` or else with the first one; returns the rows of --csv."""
     names = [*against, *paths]
-    twice = {name for name in names if sum(Path(name).resolve() == Path(other).resolve() for other in names) > 1}
-    if twice:
-        raise InputError(f"{' '.join(sorted(twice))}: named twice")
+    if len({Path(name).resolve() for name in names}) < len(names):
+        raise InputError(f"{' '.join(names)}: one of these is named twice")
     if len(names) < 2:
         raise InputError("name two log directories or more")
     runs, labels = check_same_photos([read_run(name, CLASSES) for name in names])
@@ -157,45 +149,35 @@ def compare_trainings(paths, against):
     groups = [runs[: len(against)], runs[len(against) :]] if against else [[run] for run in runs]
     for one, other in (pair for group in groups for pair in combinations(group, 2)):
         if np.array_equal(one.probabilities, other.probabilities):
-            raise InputError(
-                f"{one.name} and {other.name} hold the same predictions: runs of one variant differ in --seed"
-            )
-    written, pairs = [], [(groups[0], group) for group in groups[1:]]
+            both = f"{one.name} and {other.name}"
+            raise InputError(f"{both} hold the same predictions: runs of one variant differ in --seed")
+
+    written, pairs = [], [[groups[0], group] for group in groups[1:]]
     differences = [compare(labels, [[run.probabilities for run in of] for of in pair], CLASSES) for pair in pairs]
     for pair, found in zip(pairs, differences, strict=True):
         verdict = give_verdict(labels, pair, found["mean AUC"])
         print(f"verdict: {verdict}")
-        for name, of in found.items():
-            row = {"runs": name_of(pair[1]), "against": name_of(pair[0]), "photos": len(labels), "figure": name}
-            row |= {"difference": of.value, "low": of.low, "high": of.high}
-            written.append(row | {"verdict": verdict if name == "mean AUC" else ""})
+        names = {"runs": name_of(pair[1]), "against": name_of(pair[0]), "photos": len(labels)}
+        table = pd.DataFrame(map(vars, found.values())).rename(columns={"value": "difference"})
+        written.append(table.assign(**names, figure=list(found), verdict=[verdict] + [""] * (len(found) - 1)))
     print_notes(groups)
-
     n_all = max(len(run.all_ids) for run in runs)
     print(f"{len(labels):,} photos that all have, of {n_all:,}; out-of-fold, in the best epochs, which is optimistic")
-    figures = {run.name: measure(labels, run.probabilities, CLASSES) for run in runs}
-    for run in runs:
-        figures[run.name]["minutes of training"] = [sum(run.minutes[fold] for fold in np.unique(run.folds))]
-    table = pd.DataFrame({name: {figure: of[0] for figure, of in column.items()} for name, column in figures.items()})
+    measured = {run.name: measure(labels, run.probabilities, CLASSES) for run in runs}
+    table = pd.DataFrame({name: {figure: of[0] for figure, of in all.items()} for name, all in measured.items()})
+    table.loc["minutes of training"] = [sum(read_minutes(run.name, k) for k in np.unique(run.folds)) for run in runs]
     print_table([["", *table]] + [[name, *(show(value, name) for value in row)] for name, row in table.iterrows()])
     for pair, found in zip(pairs, differences, strict=True):
         print(f"\n{name_of(pair[1])} against {name_of(pair[0])}\n{describe_changes(pair[0][0], pair[1][0])}")
-        rows = [
-            [name, *(show(value, name, True) for value in (of.value, of.low, of.high))] for name, of in found.items()
-        ]
+        rows = [[name, *(show(value, name, sign=True) for value in vars(of).values())] for name, of in found.items()]
         print_table([["", "difference", "from", "to"], *rows])
         print_by_fold(labels, pair)
         print_moves(labels, pair)
     table = table.rename_axis("figure").reset_index().melt("figure", var_name="runs").assign(photos=len(labels))
-    return pd.concat([table[["runs", "photos", "figure", "value"]], pd.DataFrame(written)])
+    return pd.concat([table[["runs", "photos", "figure", "value"]], *written])
 
 
 # ---------------------------------------------------------------------------------------------- submissions
-
-
-def auc_of_decisions(scores, others):
-    """Mean column-wise AUC of `scores` where the truth is what `others` decide; both float (n, k)."""
-    return measure(others.argmax(1), scores, CLASSES)["mean AUC"][0]
 
 
 def compare_submissions(path, against):
@@ -207,11 +189,9 @@ def compare_submissions(path, against):
     for name in CLASSES:
         ranks = [table[name].rank() for table in (ours, theirs)]
         figures[f"rank correlation, {name}"] = np.nan if 0 in np.std(ranks, axis=1) else np.corrcoef(ranks)[0, 1]
-    figures |= {
-        "photos with the same class first": (a.argmax(1) == b.argmax(1)).sum(),
-        "AUC of the first, if the second decides right": auc_of_decisions(a, b),
-        "AUC of the second, if the first decides right": auc_of_decisions(b, a),
-    }
+    figures["photos with the same class first"] = (a.argmax(1) == b.argmax(1)).sum()
+    figures["AUC of the first, if the second decides right"] = mean_auc(b.argmax(1), a)
+    figures["AUC of the second, if the first decides right"] = mean_auc(a.argmax(1), b)
     for name, scores in (("first", a), ("second", b)):
         figures[f"largest value of the {name}"] = scores.max()
         figures[f"mean of each photo's largest, of the {name}"] = scores.max(1).mean()
@@ -227,19 +207,18 @@ def compare_submissions(path, against):
 def main(args):
     against = args.against or []
     names = [*args.paths, *against]
-    for path in names:
-        if not Path(path).exists():
-            raise InputError(f"{path} does not exist")
-    if args.csv is not None:
-        check_writable(args.csv)
-        if any(Path(args.csv).resolve().is_relative_to(Path(path).resolve()) for path in names):
-            raise InputError(f"--csv {args.csv} is, or is in, what is compared: name another file")
-    files = [path for path in names if Path(path).is_file()]
+    if missing := [path for path in names if not Path(path).exists()]:
+        raise InputError(f"{missing[0]} does not exist")
+    files = [path for path in names if not Path(path).is_dir()]
     if files and len(files) < len(names):
         raise InputError(f"{files[0]} is a file, others are not: compare log directories, or one CSV --against another")
     if files and (len(args.paths), len(against)) != (1, 1):
         raise InputError("submissions are compared in pairs: compare.py ONE.csv --against OTHER.csv")
-    table = compare_submissions(*args.paths, *against) if files else compare_trainings(args.paths, against)
+    if args.csv is not None:
+        check_writable(args.csv)
+        if any(Path(args.csv).resolve().is_relative_to(Path(path).resolve()) for path in names):
+            raise InputError(f"--csv {args.csv} is, or is in, what is compared: name another file")
+    table = compare_submissions(*names) if files else compare_trainings(args.paths, against)
     if args.csv is not None:
         write_csv(args.csv, table)
         print(f"wrote {args.csv}: {len(table)} rows")

@@ -35,6 +35,7 @@ from cleanlab.filter import find_label_issues
 from jinja2 import Environment, FileSystemLoader
 from joblib import cpu_count
 from PIL import Image
+from sklearn.metrics import confusion_matrix
 from tqdm import tqdm
 
 from analysis import figures
@@ -84,14 +85,8 @@ def find_suspects(labels, probabilities):
     labels: int (n,); probabilities: out-of-fold (n, k). How many there are is estimated from how often the networks
     are surer of another class than they usually are of it; the order is by that margin, adjusted for rare classes.
     """
-    return find_label_issues(
-        labels,
-        probabilities,
-        filter_by="low_normalized_margin",
-        return_indices_ranked_by="normalized_margin",
-        rank_by_kwargs={"adjust_pred_probs": True},
-        n_jobs=1,
-    )
+    ranking = {"return_indices_ranked_by": "normalized_margin", "rank_by_kwargs": {"adjust_pred_probs": True}}
+    return find_label_issues(labels, probabilities, filter_by="low_normalized_margin", n_jobs=1, **ranking)
 
 
 def hash_photo(photo):
@@ -185,7 +180,6 @@ def draw_charts(table, aucs, metrics, best):
     labels, probabilities = class_numbers(table["label"]), table[list(CLASSES)].to_numpy()
     return {
         "roc": figures.draw_roc(labels, probabilities, aucs),
-        "confusion": figures.draw_confusion(labels, probabilities.argmax(1)),
         "reliability": figures.draw_reliability(labels, probabilities),
         "loss": figures.draw_epochs(metrics, "val_loss", "loss: validation, training (dashed)", dashed="train_loss"),
         "auc": figures.draw_epochs(metrics, "val_roc_auc", "validation AUC; dot: the epoch in use", best=best),
@@ -236,6 +230,7 @@ def main(args):
     rows = table.assign(row=table.index, thumbnail=thumbnails).astype(object).replace({np.nan: None})
     page |= {"photos": rows.to_dict("records"), "pictures": pictures, "worst": worst, "confident": confident}
     page |= {"suspects": suspects, "pairs": pairs, "contradicting": contradicting, "leaking": leaking}
+    page["confusion"] = confusion_matrix(table["label"], table["predicted"], labels=CLASSES)
     write_page("error_analysis.html", page)
     say(
         f"wrote error_analysis.html and error_analysis.csv: {len(table)} photos, out-of-fold AUC {auc:.5f}, "

@@ -19,14 +19,10 @@ def make_photo_parser():
     """What predict.py takes."""
     parser = make_prediction_parser(__doc__)
     parser.add_argument("photos", type=os.path.expanduser, nargs="+", metavar="PHOTO|FOLDER", help="what to classify")
-    group = parser.add_argument_group("new photos")
+    group, path = parser.add_argument_group("new photos"), {"type": file_or_folder}
     group.add_argument("--tta", action="store_true", help="predict the mean of augmented views, as steps 2 and 4 do")
-    group.add_argument(
-        "--heat_maps", type=file_or_folder, metavar="FOLDER", help="also write where the networks looked, as pictures"
-    )
-    group.add_argument(
-        "--output", type=file_or_folder, default="predictions.csv", metavar="CSV", help="file for the probabilities"
-    )
+    group.add_argument("--heat_maps", **path, metavar="FOLDER", help="also write pictures of where the networks looked")
+    group.add_argument("--output", **path, default="predictions.csv", metavar="CSV", help="file for the probabilities")
     return parser
 
 
@@ -62,9 +58,6 @@ def report(problem):
     sys.stderr.write(f"error: {problem}\n")
 
 
-# ---------------------------------------------------------------------------------------------- which photos
-
-
 def find_photos(names):
     """The photos of files and folders, in that order, list of Path, none twice, and how many folders gave none.
 
@@ -77,15 +70,10 @@ def find_photos(names):
             report(problem)
             empty += 1
         if others:
-            shown = ", ".join(os.fsencode(path).decode(errors="backslashreplace") for path in others[:5])
+            shown = ", ".join(repr(str(path))[1:-1] for path in others[:5])  # a name may hold what does not print
             say(f"note: {len(others)} left out of {name}, as no photos: {shown}{' …' * (len(others) > 5)}")
         paths += photos
     return list(dict.fromkeys(paths)), empty
-
-
-def is_hidden(name):
-    """Whether a file or folder is hidden, or one that systems leave beside photos."""
-    return name.startswith(".") or name.lower() in OF_SYSTEMS
 
 
 def is_heat_map(path):
@@ -102,24 +90,20 @@ def search_folder(folder):
 
     What begins with a dot, or what systems leave beside photos, is among the others without being looked at.
     """
-    photos, others, problems, seen = [], [], [], set()
-    for parent, folders, files in os.walk(folder, onerror=problems.append, followlinks=True):
+    photos, others, hidden, errors, seen = [], [], [], [], set()
+    for parent, folders, files in os.walk(folder, onerror=errors.append, followlinks=True):
         place = os.stat(parent)
         if (place.st_dev, place.st_ino) in seen:  # a link leads here again, perhaps in a circle
             folders.clear()
             continue
         seen.add((place.st_dev, place.st_ino))
-        hidden = set(filter(is_hidden, folders + files))
-        others += [Path(parent) / name for name in hidden]
-        folders[:] = sorted(set(folders) - hidden)
-        for path in sorted(Path(parent) / name for name in set(files) - hidden):
+        left_out = {name for name in folders + files if name.startswith(".") or name.lower() in OF_SYSTEMS}
+        hidden += [Path(parent) / name for name in left_out]
+        folders[:] = sorted(set(folders) - left_out)
+        for path in (Path(parent) / name for name in set(files) - left_out):
             (photos if looks_like_photo(path) and not is_heat_map(path) else others).append(path)
-    problems = [f"the folder {problem.filename} cannot be read: {problem.strerror}" for problem in problems]
-    others.sort(key=lambda path: (is_hidden(path.name), path))  # what one may have meant as a photo comes first
-    return sorted(photos), others, problems
-
-
-# ---------------------------------------------------------------------------------------------- predictions
+    problems = [f"the folder {error.filename} cannot be read: {error.strerror}" for error in errors]
+    return sorted(photos), sorted(others) + sorted(hidden), problems
 
 
 def load_or_report(path, image_size):
@@ -140,9 +124,8 @@ def classify(args, networks, images, names):
     """
     if args.tta:
         return predict_tta(args, networks, names, images)[list(CLASSES)].to_numpy()
-    keys = [(fold, 0, row) for fold in networks for row in range(len(images))]
-    title = f"{len(images)} photos x {len(networks)}"
-    probabilities = predict(networks, LeafDataset(images, names), keys, args, title)
+    views, keys = LeafDataset(images, names), [(fold, 0, row) for fold in networks for row in range(len(images))]
+    probabilities = predict(networks, views, keys, args, f"{len(images)} photos x {len(networks)}")
     return probabilities.astype(np.float64).reshape(len(networks), len(images), -1).mean(0)
 
 

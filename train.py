@@ -115,6 +115,7 @@ def train_fold(args, fold, data, weights, run):
         accumulate_grad_batches=args.accumulate_grad_batches,
         callbacks=[best, *run.callbacks(fold)],
         logger=False,  # metrics/ in the log directory is written by run.callbacks
+        default_root_dir=args.log_dir,
         accelerator=run.accelerator,
         devices=run.devices,
         num_nodes=run.num_nodes,

@@ -3,6 +3,7 @@
 import io
 import random
 import re
+from collections import Counter
 
 import matplotlib
 
@@ -12,7 +13,7 @@ import numpy as np
 from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.ticker import MaxNLocator
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import confusion_matrix, roc_curve
+from sklearn.metrics import roc_curve
 
 from dataset import train_augmentation
 from utils import CLASSES
@@ -66,25 +67,6 @@ def draw_roc(labels, probabilities, aucs):
 
 
 @in_page_style
-def draw_confusion(labels, predicted):
-    """How often each label (row) got each prediction (column): two int (n,) → SVG."""
-    n = len(CLASSES)
-    counts = confusion_matrix(labels, predicted, labels=range(n))
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    figure, axes = plt.subplots(figsize=(max(5, n), max(4.6, n)))
-    for row, column in np.ndindex(counts.shape):
-        place = (column - 0.5, row - 0.5)
-        axes.add_patch(plt.Rectangle(place, 1, 1, color=FEW_COLOURS[3], alpha=0.6 * shares[row, column]))
-        axes.text(column, row, f"{counts[row, column]}\n{shares[row, column]:.0%}", ha="center", va="center")
-    names = [pretty(name).replace(" ", "\n") for name in CLASSES]
-    axes.set(xlim=(-0.5, n - 0.5), ylim=(n - 0.5, -0.5), xlabel="predicted", ylabel="label", aspect="equal")
-    axes.set_xticks(range(n), names)
-    axes.set_yticks(range(n), names)
-    axes.grid(visible=False)
-    return as_svg(figure)
-
-
-@in_page_style
 def draw_reliability(labels, probabilities, bins=10):
     """How often the prediction is right against how sure the network is (arXiv 1706.04599): (n,), (n, k) → SVG."""
     confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
@@ -101,14 +83,13 @@ def draw_reliability(labels, probabilities, bins=10):
 
 @in_page_style
 def draw_epochs(metrics, column, label, dashed=None, best=None):
-    """A column of the metrics at each epoch, one line per fold → SVG.
+    """A column of the metrics at each epoch, one line per fold, later ones thinner, so that equal ones are seen → SVG.
 
-    metrics: dict of fold to LOG_DIR/metrics/fold=K.csv; dashed: a second column, drawn so; best: dict of fold to the
-    epoch that gets a dot. Lines of later folds are thinner, so that equal ones can be seen lying on each other.
+    metrics: dict of fold to DataFrame; dashed: a second column; best: dict of fold to the epoch that gets a dot.
     """
     figure, axes = plt.subplots()
-    for position, (fold, colour) in enumerate(zip(metrics, colours(len(metrics)), strict=True)):
-        rows = metrics[fold]
+    for position, (fold, rows) in enumerate(metrics.items()):
+        colour = colours(len(metrics))[position]
         style = {"color": colour, "marker": "o" if len(rows) == 1 else None}  # one epoch is no line
         if dashed is not None:
             axes.plot(rows["epoch"], rows[dashed], "--", linewidth=1, markerfacecolor="none", **style)
@@ -132,10 +113,12 @@ def single_operations(augmentation):
 
 def augmentation_pictures(photo):
     """One draw of each part of the training augmentation, and three of the whole: list of (title, uint8 (h, w, 3))."""
-    whole, pictures = train_augmentation(), [("the photo", photo)]
+    whole, pictures, names = train_augmentation(), [("the photo", photo)], Counter()
     for seed, transform in enumerate([*single_operations(whole), *[whole] * 3], 1):
         name = re.sub("(?<=[a-z])(?=[A-Z])", " ", type(transform).__name__).lower()
+        names[name] += 1
+        title = "all together" if transform is whole else name + f" #{names[name]}" * (names[name] > 1)
         transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
         transform.p = 1
-        pictures.append(("all together" if transform is whole else name, transform(image=photo)["image"]))
+        pictures.append((title, transform(image=photo)["image"]))
     return pictures

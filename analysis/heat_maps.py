@@ -10,14 +10,15 @@ from harness.console import say
 
 SHOWN = 360  # longest side of a photo that is shown, in pixels
 HEAT = (230, 0, 160)  # magenta, which neither leaves nor spots have
+TINY = np.finfo(np.float32).tiny  # instead of 0, where a map is the same at all places
 STRENGTH = 0.6  # its opacity at the hottest place; cold ones leave the photo as it is
 
 
 def cell_maps(network, images, classes):
-    """Grad-CAM (arXiv 1610.02391) on the last convolutional stage: float32 (n, rows, columns) of its cells, from 0 to 1.
+    """Grad-CAM (arXiv 1610.02391) on the last convolutional stage: float32 (n, rows, columns) of its cells.
 
     network: LeafNet in evaluation mode; images: uint8 (n, height, width, 3); classes: n class numbers, what each map is
-    about. 0 is what speaks for the class no more than an average place. Always in float32, on the network's device.
+    about. 0 is what speaks for the class no more than an average place. Computed on the network's device.
     """
     found = []
 
@@ -37,18 +38,13 @@ def cell_maps(network, images, classes):
     # means there. Without that, L2 normalisation leaves every map with an offset, often below 0 at all places at once.
     centred = found[0].detach() - network.bn.running_mean[:, None, None]
     heat = (gradient.mean((2, 3), keepdim=True) * centred).sum(1).relu()
-    return np.stack([scale(cells) for cells in heat.float().cpu().numpy()])
-
-
-def scale(heat):
-    """A map from 0 to 1; one that is the same everywhere is 0."""
-    return (heat - heat.min()) / (np.ptp(heat) + 1e-7)
+    return heat.cpu().numpy()
 
 
 def heat_maps(network, images, classes):
-    """`cell_maps` in the size of the images: float32 (n, height, width)."""
-    size = images.shape[2:0:-1]
-    return np.stack([scale(cv2.resize(cells, size)) for cells in cell_maps(network, images, classes)])
+    """`cell_maps` in the size of the images, each from 0 to 1: float32 (n, height, width)."""
+    large = [cv2.resize(cells, images.shape[2:0:-1]) for cells in cell_maps(network, images, classes)]
+    return np.stack([(heat - heat.min()) / max(np.ptp(heat), TINY) for heat in large])
 
 
 def count_cells(network, image):

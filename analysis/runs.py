@@ -24,7 +24,6 @@ class TrainedRun:
     probabilities: np.ndarray  # float (n, k), by the network that has not seen the photo
     all_ids: set  # of folds.csv, also those of folds that are not finished
     all_known: bool  # whether folds.csv is there; without it all_ids are those of the finished folds
-    minutes: dict  # fold to minutes of training, nan where metrics/ does not tell
     records: dict  # fold to the record of what it was trained with; empty if one is missing
 
     def why_flattered(self):
@@ -39,14 +38,12 @@ def read_run(log_dir, classes):
     """The TrainedRun of a log directory. Raises InputError if it holds no finished fold, or other classes."""
     folder = Path(log_dir)
     path, path_of_all = folder / "out_of_fold.csv", folder / "folds.csv"
-    if not folder.is_dir():
-        raise InputError(f"{log_dir} is neither a log directory nor a CSV file")
     if not path.is_file():
-        raise InputError(f"{path} is missing: train.py writes it when the first fold is finished")
+        raise InputError(f"{path} is missing: train.py writes it when a fold is finished")
     table, expected = read_own_csv(path, ("image_id", "fold")), ["image_id", "fold", "label", *classes]
     if list(table) != expected:
-        found = f"{path} has the columns {','.join(table)}, not {','.join(expected)}"
-        raise InputError(f"{found}: other classes, an edited table, or an older version")
+        found = f"has the columns {','.join(table)}, not {','.join(expected)}"
+        raise InputError(f"{path} {found}: other classes, an edited table, or an older version")
     values, folds = table[list(classes)].to_numpy(), sorted(table["fold"].unique().tolist())
     known = table["label"].isin(classes).all() and not table["image_id"].duplicated().any()
     if not known or values.dtype != float or not np.isfinite(values).all():
@@ -62,15 +59,14 @@ def read_run(log_dir, classes):
         probabilities=values,
         all_ids=set((read_own_csv(path_of_all, ("image_id",)) if path_of_all.is_file() else table)["image_id"]),
         all_known=path_of_all.is_file(),
-        minutes={fold: read_minutes(folder, fold) for fold in folds},
         records=records if complete else {},
     )
 
 
-def read_minutes(folder, fold):
+def read_minutes(log_dir, fold):
     """Minutes of training of a fold, float, nan if its metrics do not tell."""
     try:
-        return float(pd.read_csv(folder / "metrics" / f"fold={fold}.csv")["seconds"].sum() / 60)
+        return float(pd.read_csv(Path(log_dir) / "metrics" / f"fold={fold}.csv")["seconds"].sum() / 60)
     except (OSError, ValueError, KeyError, TypeError):  # a figure on the side: no reason to refuse the comparison
         return np.nan
 
@@ -92,7 +88,7 @@ def check_same_photos(runs):
     in_all = set.intersection(*(set(run.image_ids) for run in runs))
     common = [image_id for image_id in first.image_ids if image_id in in_all]
     if not common:
-        folds = "; ".join(f"{run.name}: fold {' '.join(map(str, run.minutes))}" for run in runs)
+        folds = "; ".join(f"{run.name}: fold {' '.join(map(str, np.unique(run.folds)))}" for run in runs)
         raise InputError(f"no photo has been predicted by all of them ({folds}): train the same folds")
     for run in runs:
         rows = pd.Series(range(len(run.image_ids)), run.image_ids)[common].to_numpy()

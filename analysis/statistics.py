@@ -118,11 +118,10 @@ def variance_of_variants(values, covariance, n_first):
     """The variance of a difference of two variants of three or more runs in all, and its degrees of freedom.
 
     values: float (m,), one per run, those of the first variant first; covariance: float (m, m), over resamples of the
-    photos. It is the variance among seeds, which holds what photos do to each seed alone, and what the resamples show to
-    be common to all seeds of a variant: the model of Obuchowski and Rockette (1995) for readers nested in treatments,
-    here seeds in variants, with the degrees of freedom of Hillis (2007). To add the whole variance of the resamples would
-    count a part of it twice. With as many seeds on both sides their variance is taken to be the same. With other numbers
-    it is not, and the degrees of freedom are those of the smaller side; one run is taken to vary as the other side does.
+    photos. The variance among seeds, which holds what photos do to each seed alone, and what the resamples show to be
+    common to all seeds of a variant: Obuchowski and Rockette (1995), with the degrees of freedom of Hillis (2007). With
+    as many seeds on both sides, their variance is taken to be the same. With other numbers it is not, and the degrees of
+    freedom are those of the smaller side; one run is taken to vary as the other side does.
     """
     groups = np.arange(n_first), np.arange(n_first, len(values))
     sizes = np.array([len(rows) for rows in groups])

@@ -58,7 +58,8 @@ def stop(number, frame=None):
 
 def quiet_libraries():
     """Silence what Lightning and torch say about settings that we made on purpose, and about each other."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     words = (
         "does not have many workers|Checkpoint directory|LeafSpec|sync_dist=True|lr_scheduler.step.. before `optimizer"
     )

@@ -67,6 +67,8 @@ def join_processes(run):
         try:
             wait()
         except RuntimeError as error:
+            if PREFIX is not None and rank:  # the first one has said why it ended
+                raise SystemExit(1) from error
             reason = str(error).splitlines()[0]
             raise InputError(
                 f"{waiting} in vain ({reason}): see what they say, and whether all were started"

@@ -97,7 +97,7 @@ def resume_path(log_dir, fold):
 def read_record(path):
     """A record that train.py wrote: dict. Raises InputError if it is missing, damaged or of another version."""
     if not path.exists():
-        raise InputError(f"{path} is missing: train first, or name the log directory with --log_dir")
+        raise InputError(f"{path} is missing: name the --log_dir of a training, or train anew with --fresh")
     try:
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
         if record["format"] == FORMAT:

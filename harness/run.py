@@ -84,7 +84,7 @@ class Run:
             positives = labels[folds == fold].sum(0)
             if (positives == sizes[fold]).any():
                 raise InputError(f"fold {fold} holds photos of one class only: no AUC to choose a checkpoint by")
-            for name in np.array(self.classes)[positives == 0]:
+            for name in np.array(self.classes)[positives == 0] if PREFIX is None else ():
                 say(f"note: fold {fold} has no photo of {name}; its AUC is the mean of the other classes")
 
     @contextmanager

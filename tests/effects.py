@@ -27,7 +27,7 @@ def read_data(labels, *options, test=0):
     """(args, TrainingData) as train.py reads them, its photos left out. labels: class numbers, int (n,), for train.csv;
     test: the number of test photos."""
     import train
-    from harness.command_line import parse_args
+    from harness.console import parse_args
 
     folder = Path(tempfile.mkdtemp(dir="."))
     write(folder / "train.csv", [f"Train_{i}" for i in range(len(labels))], np.eye(4, dtype=int)[labels])

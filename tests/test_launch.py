@@ -13,12 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import QUICK as ONE_EPOCH
-from conftest import REPO, run_script, start_script, wait_until
+from conftest import REPO, copy_recipe, run_script, shared_folder, start_script, wait_until
 
 from dataset import load_photo
 from harness.console import InputError
-from harness.launch import is_one_of_several_processes
+from harness.launch import find_processes
 from harness.prediction import load_network
+from harness.record import read_record, record_path
 from models import LeafNet
 from utils import CLASSES, split_folds
 
@@ -45,23 +46,22 @@ def outcome_of_fold_1(folder):
     """The weights of this fold's checkpoints, and its result."""
     found = {name: value for name, value in outcome(folder).items() if name.startswith("fold=1-")}
     assert len(found) == 2
-    return found | {"result": (folder / "logs" / "metrics" / "fold=1" / "result.csv").read_bytes()}
+    return found | {"result": read_record(record_path(folder / "logs", 1))["result"]}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def one_process(sample, tmp_path_factory):
     """Folds 0, 1 and 2, one after the other in one process."""
-    folder = tmp_path_factory.mktemp("one")
-    train(sample, folder, "--folds", 0, 1, 2, cold=True)
-    return folder
+    return shared_folder(
+        tmp_path_factory, "one_process", lambda folder: train(sample, folder, "--folds", 0, 1, 2, cold=True)
+    )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two_processes(sample, tmp_path_factory):
     """Folds 0 and 1 by two processes of one machine, started by train.py itself."""
-    folder = tmp_path_factory.mktemp("two")
-    train(sample, folder, "--folds", 0, 1, "--cpu_processes", 2)
-    return folder
+    options = ["--folds", 0, 1, "--cpu_processes", 2]
+    return shared_folder(tmp_path_factory, "two_processes", lambda folder: train(sample, folder, *options))
 
 
 def test_folds_in_pieces_leave_what_one_process_leaves(one_process, sample, tmp_path):
@@ -97,8 +97,6 @@ def test_two_processes_train_as_gpus_0_1_would(one_process, two_processes, sampl
         # batch norm saw 4 photos a process, not 8: were it one process, the result would be the same
         assert abs(row["val_loss"] - alone["val_loss"][row["fold"]]) > 1e-6
     assert np.sum(folds == 0) == 9
-    again = train(sample, two_processes, "--folds", 0, 1, "--cpu_processes", 2).stdout
-    assert again.count("is finished already") == 2
 
 
 def test_an_error_in_one_of_two_processes_ends_both_with_one_line(sample, tmp_path):
@@ -112,29 +110,23 @@ def test_an_error_in_one_of_two_processes_ends_both_with_one_line(sample, tmp_pa
 
 
 def test_a_fold_that_fails_in_parallel_is_named_and_the_others_are_done(sample, tmp_path):
-    train(sample, tmp_path, "--folds", 2)
-    (tmp_path / "logs" / "fold=1-last.ckpt").write_bytes(b"damaged")
-    done = train(sample, tmp_path, "--folds", 0, 1, "--cpu_processes", 2, "--parallel_folds", check=False)
-    assert done.returncode == 1 and "error: fold 1 failed, see above" in done.stderr
-    assert "fold 1 | error: logs/fold=1-last.ckpt cannot be loaded" in done.stdout
+    (tmp_path / "logs" / "metrics" / "fold=1.csv" / "in the way").mkdir(parents=True)
+    done = train(sample, tmp_path, "--folds", 0, 1, 2, "--cpu_processes", 2, "--parallel_folds", check=False)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: fold 1 failed, see above; the same")
+    assert "fold 1 | error: cannot delete logs/metrics/fold=1.csv: Is a directory" in done.stderr
     assert pd.read_csv(tmp_path / "logs" / "results.csv")["fold"].tolist() == [0, 2]
 
 
-def test_a_source_file_edited_while_folds_are_trained_in_parallel_is_noticed(sample, tmp_path):
+def test_a_source_file_edited_while_folds_are_trained_in_parallel_is_noticed(sample, repo, tmp_path):
     """On one device the second fold starts late, and would be trained by other code than the record says."""
-    sources = tmp_path / "sources"
-    sources.mkdir()
-    for path in REPO.glob("*.py"):
-        shutil.copy(path, sources)
-    shutil.copytree(REPO / "harness", sources / "harness")
     options = ["--folds", 0, 1, "--cpu_processes", 1, "--parallel_folds"]
-    script = start_script(str(sources / "train.py"), "--data_dir", sample, *QUICK, *options, cwd=tmp_path, **ONE_THREAD)
+    script = start_script(str(repo / "train.py"), "--data_dir", sample, *QUICK, *options, cwd=tmp_path, **ONE_THREAD)
     wait_until((tmp_path / "logs" / "metrics" / "fold=0.csv").exists, script)
-    with open(sources / "models.py", "a") as file:
+    with open(repo / "models.py", "a") as file:
         file.write("ANOTHER_RATE = 1e-2\n")
     assert script.wait() == 1
-    assert "fold 1 | error: models.py: changed since this training was started" in script.stdout
-    assert pd.read_csv(tmp_path / "logs" / "metrics" / "fold=0" / "result.csv")["fold"].tolist() == [0]
+    assert "fold 1 | error: logs holds folds that were trained differently: models.py: changed" in script.stderr
+    assert pd.read_csv(tmp_path / "logs" / "results.csv")["fold"].tolist() == [0]
     assert not list((tmp_path / "logs").glob("fold=1-*.ckpt"))
 
 
@@ -172,9 +164,7 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_with_a_message(victi
     assert len(ranks) == 2
     os.kill(ranks[victim], signal.SIGKILL)
     assert script.wait(60) == 1
-    said = (
-        f"error: process {victim} of 2 was killed (SIGKILL), the others are ended; the same command goes on from there"
-    )
+    said = f"error: process {victim} of 2 was killed (SIGKILL), the others are ended; the same command (without --fresh) goes on from there"
     assert script.stderr.splitlines()[-1] == said
     assert script.group_is_gone() and are_gone(ranks)
 
@@ -188,11 +178,11 @@ def test_processes_end_when_their_launcher_is_killed(sample, tmp_path):
 
 
 @needs_proc
-def test_ctrl_c_ends_all_processes_and_says_what_is_kept(sample, tmp_path):
+def test_ctrl_c_ends_all_processes_with_one_line(sample, tmp_path):
     script, ranks = start_two_processes(sample, tmp_path)
     script.kill_group(signal.SIGINT)
-    assert script.wait(60) == 130
-    assert (script.stdout + script.stderr).count("stopped: no epoch was kept yet") == 1
+    assert script.wait(60) == -signal.SIGINT
+    assert (script.stdout + script.stderr).count("stopped: what is written is whole") == 1
     assert "Traceback" not in script.stderr
     assert len(ranks) == 2 and script.group_is_gone() and are_gone(ranks)
 
@@ -210,7 +200,7 @@ def finish(scripts):
 
 def test_torchrun_on_two_machines_leaves_what_two_processes_of_one_leave(two_processes, sample, tmp_path):
     port = free_port()
-    script = [REPO / "train.py", "--data_dir", sample, *QUICK, "--folds", 1, "--num_nodes", 2]
+    script = [REPO / "train.py", "--data_dir", sample, *QUICK, "--folds", 1]
     where = ["--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port]
     torchrun = ["torch.distributed.run", *where, "--node_rank"]
     finish([start_script(*torchrun, rank, *script, cwd=tmp_path, **ONE_THREAD) for rank in (0, 1)])
@@ -219,7 +209,7 @@ def test_torchrun_on_two_machines_leaves_what_two_processes_of_one_leave(two_pro
 
 def test_slurm_on_two_machines_leaves_what_two_processes_of_one_leave(two_processes, sample, tmp_path):
     """srun's environment, as SLURM's manual lists it; no SLURM is needed to read it."""
-    script = ["train.py", "--data_dir", sample, *QUICK, "--folds", 1, "--num_nodes", 2]
+    script = ["train.py", "--data_dir", sample, *QUICK, "--folds", 1]
     job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "leaves", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
     job |= {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "localhost", "SLURM_NODELIST": "localhost", "SLURM_LOCALID": "0"}
     job |= {"SLURM_STEP_ID": "0"}
@@ -234,8 +224,8 @@ HURRIED = """
 import os, runpy, sys
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 from harness import callbacks, launch
-script, die_before, launch.WAIT = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-callbacks.RESUME_EVERY = 0
+script, die_before, launch.JOIN_TIMEOUT = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+callbacks.RESUME_EVERY = -1
 keep = callbacks.ResumePoint.on_train_epoch_start
 def keep_and_die(self, trainer, module):
     keep(self, trainer, module)
@@ -251,7 +241,7 @@ def start_ranks(sample, folders, *options, scripts=(REPO / "train.py",) * 2, die
     """Start processes of a training of two, each in its own folder, as torchrun would: list of Script."""
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
     where |= {"TORCHELASTIC_RUN_ID": "1", "LOCAL_RANK": "0", "GROUP_RANK": "0"} | ONE_THREAD
-    words = ["--data_dir", sample, *QUICK, "--folds", 1, "--num_nodes", 2, *options]
+    words = ["--data_dir", sample, *QUICK, "--folds", 1, *options]
     return [
         start_script("-c", HURRIED, scripts[rank], die_before, wait, *words, cwd=folders[rank], RANK=str(rank), **where)
         for rank in ranks
@@ -271,9 +261,7 @@ def test_processes_that_see_other_things_than_the_first_are_named_before_the_fir
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         folder.mkdir()
-    refused(
-        start_ranks(sample, folders), "process 1 (", "logs holds this run is False, there True", "must share the log"
-    )
+    refused(start_ranks(sample, folders), "process 1 (", "the files of the log directory differ", "must share the log")
 
     shared = [folders[0]] * 2
     shutil.rmtree(folders[0] / "logs")
@@ -281,27 +269,26 @@ def test_processes_that_see_other_things_than_the_first_are_named_before_the_fir
     assert (folders[0] / "logs" / "fold=1-last.ckpt").exists()
     shutil.copytree(folders[0] / "logs", folders[1] / "logs")
     (folders[1] / "logs" / "fold=1-last.ckpt").unlink()
-    refused(start_ranks(sample, folders), "process 1 (", "the epoch to begin with is 0, there 1")
+    refused(start_ranks(sample, folders), "process 1 (", "the files of the log directory differ")
 
-    (tmp_path / "copy").mkdir()
-    for path in REPO.glob("*.py"):
-        shutil.copy(path, tmp_path / "copy")
-    shutil.copytree(REPO / "harness", tmp_path / "copy" / "harness")
-    with open(tmp_path / "copy" / "models.py", "a") as file:
+    copy = copy_recipe(tmp_path / "copy")
+    with open(copy / "models.py", "a") as file:
         file.write("ANOTHER_RATE = 1e-2\n")
-    scripts = (REPO / "train.py", tmp_path / "copy" / "train.py")
-    refused(start_ranks(sample, shared, scripts=scripts), "process 1 (", "models.py differs")
+    refused(
+        start_ranks(sample, shared, scripts=(REPO / "train.py", copy / "train.py")), "process 1 (", "models.py differ"
+    )
     finish(start_ranks(sample, shared))
     assert pd.read_csv(folders[0] / "logs" / "results.csv")["fold"].tolist() == [1]
 
 
 def test_waiting_for_processes_that_nobody_starts_has_an_end_and_can_be_interrupted(sample, tmp_path):
     (alone,) = start_ranks(sample, [tmp_path], wait=2, ranks=[0])
-    refused([alone], "process 0 of 2 waits for the others at 127.0.0.1:", "in vain", "whether all 2 were started")
-    (alone,) = start_ranks(sample, [tmp_path], ranks=[0])
-    wait_until(lambda: "waits for the others at 127.0.0.1:" in alone.stdout, alone)
-    os.kill(alone.pid, signal.SIGTERM)
-    assert alone.wait(5) == -signal.SIGTERM
+    refused([alone], "process 0 of 2 waits for the others at 127.0.0.1:", "in vain", "whether all were started")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        (alone,) = start_ranks(sample, [tmp_path], ranks=[0])
+        wait_until(lambda alone=alone: "waits for the others at 127.0.0.1:" in alone.stdout, alone)
+        os.kill(alone.pid, number)
+        assert alone.wait(5) == -number
     assert not (tmp_path / "logs").exists()
 
 
@@ -315,22 +302,19 @@ def test_in_an_allocation_without_srun_it_trains_as_the_one_process_that_it_is(o
     assert outcome_of_fold_1(tmp_path) == outcome_of_fold_1(one_process)
 
 
-@pytest.mark.parametrize("step", ["4294967290", "4294967291"])  # SLURM's numbers for salloc's shell, and a batch script
-def test_the_shell_of_an_allocation_is_no_step_of_srun(monkeypatch, step):
-    for name, value in {
-        "SLURM_JOB_ID": "1",
-        "SLURM_NTASKS": "2",
-        "SLURM_JOB_NAME": "foo",
-        "SLURM_STEP_ID": step,
-    }.items():
-        monkeypatch.setenv(name, value)
+def test_the_shell_of_an_allocation_is_no_step_of_srun(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert not is_one_of_several_processes()
+    job = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "foo"}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    for step in ("4294967290", "4294967291"):  # SLURM's numbers for salloc's shell, and a batch script
+        monkeypatch.setenv("SLURM_STEP_ID", step)
+        assert find_processes()[1:] == (1, 1)
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     with pytest.raises(InputError, match="give --ntasks-per-node in place of --ntasks"):
-        is_one_of_several_processes()
+        find_processes()
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
-    assert is_one_of_several_processes()
+    assert find_processes()[1:] == (4, 2)
 
 
 def test_jobs_that_start_together_never_take_each_others_folds(tmp_path):
@@ -339,37 +323,33 @@ def test_jobs_that_start_together_never_take_each_others_folds(tmp_path):
     assert [script.wait() for script in scripts] == [0] * 5, "".join(script.stderr for script in scripts)
 
 
-@pytest.mark.parametrize("options", [["--num_nodes", 2], ["--num_nodes", 2, "--parallel_folds"]])
-def test_num_nodes_without_torchrun_is_refused_before_anything_is_written(options, sample, tmp_path):
-    refused = train(sample, tmp_path, *options, check=False)
-    assert refused.returncode == 1 and "torchrun or srun" in refused.stderr and not list(tmp_path.iterdir())
-
-
 def test_a_number_of_processes_that_does_not_fit_is_refused(sample, tmp_path):
-    where = ["--nnodes", 1, "--nproc_per_node", 1, "--master_port", free_port()]
-    script = [REPO / "train.py", "--data_dir", sample, *QUICK, "--cpu_processes", 2]
+    where = ["--nnodes", 1, "--nproc_per_node", 2, "--master_port", free_port()]
+    script = [REPO / "train.py", "--data_dir", sample, *QUICK, "--cpu_processes", 4]
     done = run_script("torch.distributed.run", *where, *script, cwd=tmp_path, check=False, **ONE_THREAD)
-    assert done.returncode == 1 and "--cpu_processes and --num_nodes" in done.stderr
+    assert done.returncode == 1 and "error: 2 processes were started on this machine, for 4 devices" in done.stderr
     assert not (tmp_path / "logs").exists()
 
 
 STARTER = """
 import sys, time
-from pathlib import Path
+from argparse import Namespace
+import pandas as pd
 from filelock import FileLock
-from harness.files import lock_file
-from harness.log_dir import lock_folds
+from harness.record import open_log_dir
 
 release = FileLock.release
 FileLock.release = lambda self, force=False: (time.sleep(0.003), release(self, force))
-fold = int(sys.argv[1])
+args = Namespace(log_dir="logs", folds=[int(sys.argv[1])], fresh=False, accept_changes=False)
+record = {"format": 4, "source": "0", "environment": {}, "options": {}, "fingerprints": {}}
 for start in range(20):
-    with lock_file("logs/.hparams.lock"):
-        locks, _ = lock_folds(Path("logs"), [fold], 5)
+    locks = open_log_dir(args, 5, record, pd.DataFrame({"image_id": ["a"], "fold": [0]}), None)
     time.sleep(0.003)
     for lock in locks:
         lock.release()
 """
+
+
 # One rank of DDP: the gradients of its share of a batch, averaged over ranks, batch norm in evaluation mode.
 RANK = """
 import sys

@@ -31,12 +31,13 @@ from harness.callbacks import UnscaleFirst
 from harness.files import atomic_write
 from harness.prediction import fold_batch_norm
 from models import LeafModule, LeafNet
+from tools.generate_sample_data import generate
 
 REPO = Path(__file__).parent.parent
 SIZE, SMALL_SIZE = (480, 768), (64, 96)
 BACKBONE = "se_resnext50_32x4d"
 TOLERANCE = 1e-3  # of float32 logits between two devices, in standard deviations over photos: bf16 would not pass
-PHOTOS, EPOCHS, FOLDS, VIEWS = 1821, 70, 5, 8  # of the competition's training, and as many to predict
+PHOTOS, EPOCHS, FOLDS, VIEWS = 1821, 70, 5, 8  # of the competition's training, and as many photos to predict
 
 
 def row(check, value=None, unit="", holds=None, about=""):
@@ -51,10 +52,14 @@ def draw_batch(device, batch, size):
     return torch.from_numpy(images).to(device), torch.eye(4, device=device)[torch.arange(batch) % 4]
 
 
-def draw_network(device):
-    """LeafNet with the same weights each time."""
+def draw_network(device, plain=False):
+    """LeafNet with the same weights each time; plain: without channels last, neither in its weights nor in its photos."""
     torch.manual_seed(0)
-    return LeafNet(BACKBONE).to(device, memory_format=torch.channels_last)
+    network = LeafNet(BACKBONE).to(device)
+    if plain:
+        normalise = network.normalise
+        network.normalise = lambda images: normalise(images).contiguous()
+    return network if plain else network.to(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------- is all well?
@@ -74,7 +79,7 @@ def check_logits(m):
 
 def given_gradient(m, parts=1, **options):
     """What Adam is given in a training step by Lightning, on 8 photos in so many parts: float (n,). options: of pl.Trainer."""
-    network = draw_network("cpu").eval()  # Lightning leaves it so: each part has a batch norm of its own
+    network = draw_network("cpu").eval()  # Lightning leaves it so: batch norm would see other photos in parts
     chunks = zip(*(drawn.chunk(parts) for drawn in draw_batch("cpu", 8, SMALL_SIZE)), strict=True)
     batches = [{"image": images, "label": labels} for images, labels in chunks]
     where = {"accelerator": "gpu", "devices": [m.device.index]} if m.gpus else {"accelerator": "cpu", "devices": 1}
@@ -113,34 +118,28 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run_python(*words, cwd, **environment):
-    """Run Python with this repository on its path; returns what subprocess.run does."""
-    words, environment = [sys.executable, *map(str, words)], {**os.environ, "PYTHONPATH": str(REPO), **environment}
-    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=1800)
-
-
 def train(m, log_dir, *options, killed_before=99, **environment):
     """train.py on rendered photos: the metrics of fold 0, DataFrame, and what it printed.
 
     Raises RuntimeError if it ends in another way than by itself, or killed before that epoch.
     """
     if not (m.folder / "sample").exists():
-        words = ["-m", "tools.generate_sample_data", "--out", m.folder / "sample", "--n_train", 41, "--n_test", 8]
-        run_python(*words, "--photo_size", 96, 144, cwd=m.folder)
+        generate(m.folder / "sample", n_train=41, n_test=8, photo_size=(96, 144), seed=0, threads=2)
     words = ["--data_dir", "sample", "--weights", "none", "--image_size", *SMALL_SIZE, "--train_batch_size", 8]
     words += ["--max_epochs", 3, "--folds", 0, "--backbone", BACKBONE if m.gpus else "resnet18", "--log_dir", log_dir]
     words += [*(["--gpus", m.device.index] if m.gpus else []), *options]
+    command = [sys.executable, "-c", KILLED, str(killed_before), str(REPO / "train.py"), *map(str, words)]
     with tempfile.TemporaryDirectory() as cache:  # as on another machine, where nothing is compiled already
-        environment |= {"TORCHINDUCTOR_CACHE_DIR": cache}
-        done = run_python("-c", KILLED, killed_before, REPO / "train.py", *words, cwd=m.folder, **environment)
+        environment = {**os.environ, "PYTHONPATH": str(REPO), "TORCHINDUCTOR_CACHE_DIR": cache, **environment}
+        done = subprocess.run(command, cwd=m.folder, env=environment, capture_output=True, text=True, timeout=1800)
     if done.returncode != (9 if killed_before < 99 else 0):
         raise RuntimeError(f"train.py ended with status {done.returncode}: {''.join(done.stderr.splitlines()[-1:])}")
     return pd.read_csv(m.folder / log_dir / "metrics" / "fold=0.csv").drop(columns="seconds"), done.stdout
 
 
-def compare_resumed(m, check, *options, **environment):
+def check_resume(m, what="training", *options, **environment):
     """Whether a training that is killed before its third epoch and goes on ends as one that is not killed."""
-    log_dir = check.replace(" ", "_")
+    log_dir = what.strip("-").replace(" ", "_")
     whole, _ = train(m, log_dir, *options, **environment)
     train(m, f"{log_dir}_2", *options, killed_before=2, **environment)
     killed, printed = train(m, f"{log_dir}_2", *options, **environment)
@@ -148,11 +147,8 @@ def compare_resumed(m, check, *options, **environment):
         raise RuntimeError("it did not go on from where it was killed")
     apart = float(np.abs(whole - killed).to_numpy().max())
     holds = len(killed) == 3 and (apart == 0 or bool(m.gpus) and apart < 1e-2)  # a GPU's sums may have no fixed order
-    return row(f"{check}: the same metrics", apart, holds=holds, about="to the bit" if apart == 0 else "not to the bit")
-
-
-def check_resume(m):
-    yield compare_resumed(m, "killed and continued")
+    about = "to the bit" if apart == 0 else "not to the bit"
+    yield row(f"{what}, killed and continued: the same metrics", apart, holds=holds, about=about)
 
 
 def check_several(m):
@@ -182,27 +178,19 @@ def time_in_turns(m, *tasks):
     return np.median(np.reshape(seconds, (6, -1))[1:], axis=0).tolist()  # the first turn warms up
 
 
-def compute_logits(network, images, plain):
-    """Logits as train.py and the predictions compute them, or plainly: NCHW in memory."""
-    return network.logits(network.normalise(images).contiguous()) if plain else network(images)
-
-
-def make_step(m, plain=False, compiled=False):
+def make_step(m, batch=None, plain=False, compiled=False):
     """A function that takes one training step as train.py does, or as plain float32 code would."""
-    network, precision = draw_network(m.device).train(), "32" if plain else m.precision
-    module = LeafModule(network, "cosine", 1e-3, seed=0)
-    if plain:
-        network.to(memory_format=torch.contiguous_format)
+    network, precision = draw_network(m.device, plain).train(), "32" if plain else m.precision
     if compiled:
         network.compile()
     optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=not plain)
     scaler = torch.amp.GradScaler(m.device.type, init_scale=1024.0, enabled=precision == "16")
-    drawn = draw_batch(m.device, m.batch, m.size)
+    drawn = draw_batch(m.device, batch or m.batch, m.size)
 
     def step(images=drawn[0], labels=drawn[1]):
         optimizer.zero_grad()
         with devices.autocast(m.device.type, precision):
-            loss = module.loss(compute_logits(network, images, plain), labels)
+            loss = torch.nn.functional.cross_entropy(network(images), labels)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -213,42 +201,29 @@ def make_step(m, plain=False, compiled=False):
 
 
 def measure_memory(m):
-    """Peak memory of a step for several batches; the other rows are about the largest that fits."""
+    """Peak memory of a step for several batches. What comes after it is about the largest that fits."""
     for batch in m.batches if m.gpus else ():
-        before, m.batch = m.batch, batch
+        step = None  # or the one before would count
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(m.device)
-        try:
-            step = make_step(m)
-            step(), step()  # Adam's state is made at the end of the first
-        except RuntimeError as error:
-            if not devices.OUT_OF_MEMORY.search(str(error)):
-                raise
-            m.batch = before
-            return (yield row(f"GPU memory, batch {batch}", about="more than there is: --accumulate_grad_batches"))
-        yield row(f"GPU memory, batch {batch}", torch.cuda.max_memory_allocated(m.device) / 2**30, "GiB")
+        step = make_step(m, batch)
+        step(), step()  # Adam's state is made at the end of the first
+        m.batch = batch
+        yield row(f"GPU memory, batch {batch}", torch.cuda.max_memory_reserved(m.device) / 2**30, "GiB")
 
 
 def measure_training(m):
     step = make_step(m)
     (m.step,) = time_in_turns(m, step)
     yield row(f"training step, precision {m.precision}, batch {m.batch}", m.batch / m.step, "photos/s")
+    if m.gpus:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step()
+            m.synchronise()
+        computing = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+        yield row("  share of it in which the GPU computes", computing / m.step, "x")
     ours, plain = time_in_turns(m, step, make_step(m, plain=True))
     yield row("  against plain: float32, eager, NCHW", plain / ours, "x")
-
-
-def measure_busy(m):
-    """The share of the time in which kernels run, while steps follow each other on data that is on the GPU."""
-    if not m.gpus:
-        return (yield row("  share of the time in which the GPU computes", about="there is no GPU"))
-    step = make_step(m)
-    time_in_turns(m, step)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        started = time.perf_counter()
-        step(), step(), step()
-        m.synchronise()
-        seconds = time.perf_counter() - started
-    computing = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
-    yield row("  share of the time in which the GPU computes", computing / seconds, "x")
 
 
 def measure_loader(m):
@@ -272,13 +247,12 @@ def measure_loader(m):
 def measure_prediction(m):
     """As steps 2 and 4 predict, and in the precision in which train.py validates."""
     images, _ = draw_batch(m.device, m.batch, m.size)
-    ours, simple = draw_network(m.device).eval(), draw_network(m.device).eval()
+    ours, simple = draw_network(m.device).eval(), draw_network(m.device, plain=True).eval()
     fold_batch_norm(ours.backbone)
-    simple.to(memory_format=torch.contiguous_format)
 
     def predict(network, precision="32"):
         with torch.inference_mode(), devices.autocast(m.device.type, precision):
-            network.probabilities(compute_logits(network, images, plain=network is simple)).cpu()
+            network.probabilities(network(images)).cpu()
 
     tasks = partial(predict, ours), partial(predict, simple), partial(predict, ours, m.precision)
     m.predict, plain, m.validate = time_in_turns(m, *tasks)
@@ -287,42 +261,37 @@ def measure_prediction(m):
     yield row(f"  --precision {m.precision}, against it", m.predict / m.validate, "x")
 
 
-def estimate_hours(train, validate, predict):
+def estimate_hours(m):
     """Hours of all five steps on one device, from the seconds per photo."""
-    training = 2 * EPOCHS * PHOTOS * ((FOLDS - 1) * train + validate)
-    return (training + (1 + 2 * VIEWS * FOLDS) * PHOTOS * predict) / 3600
-
-
-def estimate(m):
-    scale = SIZE[0] * SIZE[1] / (m.size[0] * m.size[1] * m.batch)
-    hours = estimate_hours(m.fed * scale, m.validate * scale, m.predict * scale)
+    per_photo = SIZE[0] * SIZE[1] / (m.size[0] * m.size[1] * m.batch)
+    training = 2 * EPOCHS * PHOTOS * ((FOLDS - 1) * m.fed + m.validate)
+    hours = per_photo * (training + (1 + 2 * VIEWS * FOLDS) * PHOTOS * m.predict) / 3600
     yield row("all five steps at 480x768, computed by the pixels", hours, "hours")
 
 
 def measure_compiling(m):
     """What --compile does to the time of a training step, and to a training that is killed and continued."""
-    config = torch._inductor.config
-    for deterministic in (False, True) if hasattr(config, "deterministic") else (False,):
-        how, config.deterministic = "--compile" + ", deterministic" * deterministic, deterministic
+    for how in ("--compile", "--compile, deterministic")[: 1 + hasattr(torch._inductor.config, "deterministic")]:
+        torch._inductor.config.deterministic = "deterministic" in how
         torch.compiler.reset()
         started, step = time.perf_counter(), make_step(m, compiled=True)
         step()
         about = f"the first step takes {time.perf_counter() - started:.0f} s"
         compiled, eager = time_in_turns(m, step, make_step(m))
         yield row(f"training step, {how}, against not", eager / compiled, "x", about=about)
-        environment = {"TORCHINDUCTOR_DETERMINISTIC": str(int(deterministic))}
-        yield compare_resumed(m, f"{how}, killed and continued", "--compile", **environment)
+        environment = {"TORCHINDUCTOR_DETERMINISTIC": "1" if "deterministic" in how else "0"}
+        yield from check_resume(m, how, "--compile", **environment)
 
 
-QUICK = [check_logits, check_gradients, measure_memory, measure_training, measure_busy]
-QUICK += [measure_loader, measure_prediction, estimate]
+QUICK = [check_logits, check_gradients, measure_memory, measure_training, measure_loader, measure_prediction]
+QUICK += [estimate_hours]
 SLOW = [check_resume, check_several, measure_compiling]
 
 
 def main(args):
     console.quiet_libraries()
-    kind, indices = devices.choose_device(None)
     devices.compute_exactly("32")
+    kind, indices = devices.choose_device(None)
     m = SimpleNamespace(device=torch.device(kind, indices[0]), gpus=indices if kind == "cuda" else [])
     m.synchronise = partial(torch.cuda.synchronize, m.device) if m.gpus else lambda: None
     m.size, m.batches = args.image_size or (SIZE if m.gpus else SMALL_SIZE), args.batches
@@ -350,7 +319,7 @@ def main(args):
             try:
                 for found in check(m):
                     add(found)
-            except Exception as error:  # one check's error loses no other
+            except (Exception, console.InputError) as error:  # one check's error loses no other
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
                 too_large = devices.OUT_OF_MEMORY.search(reason)  # no fault of the GPU
                 add(row(check.__name__, holds=None if too_large else False, about=reason))
@@ -359,10 +328,10 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser, count = console.Parser(__doc__), console.positive
-    size = {"type": console.pixels, "nargs": 2, "metavar": ("H", "W")}
+    parser = console.Parser(__doc__)
+    size, count = {"type": console.pixels, "nargs": 2, "metavar": ("H", "W")}, {"type": console.positive, "nargs": "+"}
     parser.add_argument("--image_size", **size, help="of the photos; by default 480 768 on a GPU, 64 96 on a CPU")
-    parser.add_argument("--batches", type=count, nargs="+", default=[8, 16, 32], metavar="N", help="batch sizes to try")
+    parser.add_argument("--batches", **count, default=[8, 16, 32], metavar="N", help="on a CPU only the first is tried")
     workers = {"type": console.not_negative, "default": min(8, cpu_count())}
     parser.add_argument("--num_workers", **workers, help="processes that load photos")
     parser.add_argument("--quick", action="store_true", help="leave out what takes minutes: trainings, --compile")

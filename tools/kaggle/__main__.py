@@ -31,22 +31,21 @@ OPTIONS = "--train_batch_size 32 --accumulate_grad_batches 2 --parallel_folds"
 
 
 def pack(files):
-    """What the five steps import, and `files` for their working directory: a tar archive in base64, text."""
-    members = {f"repository/{name}": path for step in STEPS for name, path in source_files(step).items()}
-    members |= {"repository/requirements.txt": REPO / "requirements.txt", **{f"files/{name}": name for name in files}}
+    """Files, dict of name to path, as a tar archive in base64, text. The same files give the same text."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:xz") as archive:
-        for name, path in sorted(members.items()):
-            member = archive.gettarinfo(path, name)
-            member.mtime = 0  # the same files make the same archive
-            with open(path, "rb") as file:
-                archive.addfile(member, file)
+        for name, path in sorted(files.items()):
+            member, content = tarfile.TarInfo(name), Path(path).read_bytes()
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def write_script(path, files, **settings):
-    """Write the one file that Kaggle runs: session.py, with the archive and the settings in it. Returns its size."""
-    packed = json.dumps({"archive": pack(files), **settings})
+    """Write the one file that Kaggle runs: session.py, which holds what the steps import, `files` and the settings."""
+    scripts = {name: script for step in STEPS for name, script in source_files(step).items()}
+    repository = pack(scripts | {"requirements.txt": REPO / "requirements.txt"})
+    packed = {"repository": repository, "files": pack({name: name for name in files}), **settings}
     text = (Path(__file__).parent / "session.py").read_text(encoding="utf-8")
     line = next(line for line in text.splitlines() if line.startswith("PACKED = "))
     text = text.replace(line, f"PACKED = {packed!r}")
@@ -54,10 +53,9 @@ def write_script(path, files, **settings):
         raise InputError(f"{path} would have {len(text) / 1e6:.1f} MB, but Kaggle takes 1 MB: pack fewer --files")
     with atomic_write(path, "w") as file:
         file.write(text)
-    return len(text)
 
 
-def describe_kernel(name, session, datasets=()):
+def describe_kernel(name, session, datasets):
     """kernel-metadata.json, dict. A session after the first has the output of the one before among its inputs."""
     return {
         "id": f"{name}/{SLUG}-{session}",
@@ -70,7 +68,7 @@ def describe_kernel(name, session, datasets=()):
         "enable_internet": True,
         "machine_shape": "NvidiaTeslaT4",  # some who left it out got a P100, for which today's torch holds no code
         "competition_sources": ["plant-pathology-2020-fgvc7"],
-        "dataset_sources": list(datasets),
+        "dataset_sources": datasets,
         "kernel_sources": [f"{name}/{SLUG}-{session - 1}"] if session > 1 else [],
     }
 
@@ -88,27 +86,27 @@ def packable_file(text):
 
 
 def main(args):
-    folder = Path(args.out)
-    settings = {"options": args.options, "session": args.session, "hours": args.hours}
-    size = write_script(folder / "run.py", args.files, **settings)
-    with atomic_write(folder / "kernel-metadata.json", "w") as file:
+    script, metadata = Path(args.out) / "run.py", Path(args.out) / "kernel-metadata.json"
+    write_script(script, args.files, options=args.options, session=args.session, hours=args.hours)
+    with atomic_write(metadata, "w") as file:
         json.dump(describe_kernel(args.name, args.session, args.dataset), file, indent=2)
-    push = f"kaggle kernels push -p {folder} --accelerator NvidiaTeslaT4 --timeout 42600"
-    say(f"wrote {folder}: run.py ({size / 1e3:.0f} kB) and kernel-metadata.json. Now: {push}")
+    push = f"kaggle kernels push -p {args.out} --accelerator NvidiaTeslaT4 --timeout 42600"
+    say(f"wrote {script} ({script.stat().st_size / 1e3:.0f} kB) and {metadata.name}. Now: {push}")
 
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("name", type=kaggle_name, help="your name at Kaggle, as in the address of your profile")
-    group = parser.add_argument_group("the session")
-    group.add_argument("--session", type=positive, default=1, metavar="N", help="number of this session")
-    group.add_argument("--options", default=OPTIONS, help="options of train.py, in quotes")
+    parser.add_argument("--session", type=positive, default=1, metavar="N", help="number of this session")
+    parser.add_argument("--options", default=OPTIONS, help="options of train.py, in quotes")
     files = {"type": packable_file, "nargs": "+", "default": [], "metavar": "FILE"}
-    group.add_argument(
+    parser.add_argument(
         "--files", **files, help="files that an edit of the recipe reads, such as a CSV of an earlier run"
     )
     data = {"nargs": "+", "default": [], "metavar": "OWNER/NAME"}
-    group.add_argument("--dataset", **data, help="Kaggle data sets to attach: ImageNet weights, Python wheels")
-    group.add_argument("--hours", type=positive_number, default=11.5, help="stop after this time; what is done is kept")
-    group.add_argument("--out", type=file_or_folder, default="kaggle_push", metavar="FOLDER", help="folder to write")
+    parser.add_argument("--dataset", **data, help="Kaggle data sets to attach: ImageNet weights, Python wheels")
+    parser.add_argument(
+        "--hours", type=positive_number, default=11.5, help="stop after this time; what is done is kept"
+    )
+    parser.add_argument("--out", type=file_or_folder, default="kaggle_push", metavar="FOLDER", help="folder to write")
     main(parse_args(parser))

@@ -8,7 +8,6 @@ Expect  each command as it is run; in the end what is done, or that another sess
 import base64
 import hashlib
 import io
-import json
 import os
 import re
 import shlex
@@ -24,7 +23,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 STARTED = time.monotonic()
-PACKED = {}  # tools.kaggle puts here: the archive, the options of train.py, the session's number and its hours
+PACKED = {}  # tools.kaggle puts here: two archives, the options of train.py, the session's number and its hours
 ROOT = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))
 INPUT, WORKING, TEMP = ROOT / "input", ROOT / "working", ROOT / "temp"  # the last is no part of the output
 REPO, STEPS_DONE = TEMP / "repository", WORKING / "steps_done.txt"
@@ -42,15 +41,11 @@ def take_over():
         shutil.copytree(output, WORKING, dirs_exist_ok=True, copy_function=shutil.copyfile)
 
 
-def unpack():
-    """Lay out the repository in TEMP, and further files in WORKING, where the session before has left none."""
-    with tarfile.open(fileobj=io.BytesIO(base64.b64decode(PACKED["archive"]))) as archive:
-        archive.extractall(TEMP, filter="data")
-    for path in (TEMP / "files").rglob("*"):
-        target = WORKING / path.relative_to(TEMP / "files")
-        if path.is_file() and not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+def unpack(packed, folder):
+    """Lay out an archive in `folder`, but for the files that are there: in WORKING those of the session before count."""
+    with tarfile.open(fileobj=io.BytesIO(base64.b64decode(packed))) as archive:
+        missing = [member for member in archive if not (folder / member.name).exists()]
+        archive.extractall(folder, missing, filter="data")
 
 
 def install():
@@ -59,9 +54,8 @@ def install():
     wanted = [Requirement(line) for line in lines if line]
     needed = [str(package) for package in wanted if package.name not in ANALYSIS and not is_there(package)]
     if needed:
-        wheels = sorted({str(path.parent) for path in INPUT.rglob("*.whl")})
-        offline = ["--no-index", *(word for folder in wheels for word in ("--find-links", folder))] if wheels else []
-        run([sys.executable, "-m", "pip", "install", "--quiet", *offline, *needed])
+        wheels = sorted({f"--find-links={path.parent}" for path in INPUT.rglob("*.whl")})
+        run([sys.executable, "-m", "pip", "install", "--quiet", *["--no-index"] * bool(wheels), *wheels, *needed])
 
 
 def is_there(package):
@@ -82,12 +76,6 @@ def find_data():
     raise SystemExit(f"error: no train.csv beside images/ in {INPUT}: attach the competition's data, accept its rules")
 
 
-def find_weights():
-    """The option that names the initial weights: an attached file, or none, so that they are downloaded."""
-    found = sorted(INPUT.rglob("*se_resnext50_32x4d*.pth"))
-    return ["--weights", str(found[0])] if found else []
-
-
 def run(command):
     """Run a command to its end, or kill it when the session is nearly over: what it has written is whole."""
     print("$ " + shlex.join(command), flush=True)
@@ -106,27 +94,25 @@ def run(command):
 def main():
     WORKING.mkdir(parents=True, exist_ok=True)
     take_over()
-    unpack()
+    shutil.rmtree(REPO, ignore_errors=True)  # of another push in the same session
+    unpack(PACKED["repository"], REPO)
+    unpack(PACKED["files"], WORKING)
     install()
-    # the cache has 4 GB: not into the 20 GB of the output
+    # the image cache has 4 GB: not into the 20 GB of the output
     places = ["--data_dir", str(find_data()), "--cache_dir", str(TEMP / "image_cache")]
-    training = ["train.py", *places, *find_weights(), *shlex.split(PACKED["options"])]
-    for step in (
-        training,
-        ["generate_soft_labels.py", *places],
-        [*training, "--soft_labels_filename", "soft_labels.csv", "--log_dir", "logs_submit_distill"],
-        ["generate_distilled_submission.py", *places],
-        ["blend.py"],
-    ):
-        # with other files or options the step itself says whether what is there can be kept
-        done = hashlib.sha256((PACKED["archive"] + shlex.join(step)).encode()).hexdigest() + "\n"
-        if not STEPS_DONE.exists() or done not in STEPS_DONE.read_text():
+    weights = sorted(map(str, INPUT.rglob("*se_resnext50_32x4d*.pth")))[:1]  # attached, or they are downloaded
+    train = ["train.py", *places, *(["--weights", *weights] if weights else []), *shlex.split(PACKED["options"])]
+    soft = ["--soft_labels_filename", "soft_labels.csv", "--log_dir", "logs_submit_distill"]
+    predict, predict_again = (["generate_soft_labels.py", *places], ["generate_distilled_submission.py", *places])
+    for step in (train, predict, [*train, *soft], predict_again, ["blend.py"]):
+        # after a change of files or options the step itself says whether what is there can be kept
+        key = hashlib.sha256((PACKED["repository"] + PACKED["files"] + shlex.join(step)).encode()).hexdigest()
+        if not STEPS_DONE.exists() or key not in STEPS_DONE.read_text():
             run([sys.executable, str(REPO / step[0]), *step[1:]])
             with open(STEPS_DONE, "a") as file:
-                file.write(done)
+                file.write(f"{step[0]} {key}\n")
     print(f"done after {(time.monotonic() - STARTED) / 60:.0f} minutes: {WORKING / 'submission_mix.csv'}", flush=True)
 
 
 if __name__ == "__main__":
-    PACKED = json.loads(PACKED) if isinstance(PACKED, str) else PACKED
     main()
