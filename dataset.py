@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from harness.photos import cache_images, read_photo
-from harness.tables import one_hot, read_table, read_test_ids
-from utils import CLASSES, derive_seed
+from harness.tables import read_table
+from utils import CLASSES, derive_seed, distribution, one_hot
 
 cv2.setNumThreads(0)  # OpenCV's threads would fight the loader's workers for the cores
 
@@ -34,6 +34,12 @@ def read_train(args):
     rank = train.groupby(list(CLASSES))["image_id"].cumcount() + 0.5
     size = train.groupby(list(CLASSES))["image_id"].transform("size")
     return train.loc[(rank / size).sort_values(kind="stable").index[: args.limit].sort_values()]
+
+
+def read_soft_labels(args, path, image_ids):
+    """Soft labels, float64 (n, 4), joined by image_id, not by row; with --limit the file may hold those of others, too."""
+    how = {"rule": distribution, "wanted": image_ids, "may_hold_more": args.limit is not None}
+    return read_table(path, ("image_id", *CLASSES), hint="run step 2 first", **how)[list(CLASSES)].to_numpy()
 
 
 def mix_labels(hard, soft, soft_share):
@@ -59,9 +65,16 @@ def cached_photos(args, name, image_ids):
     return cache_images(name, image_ids, args.data_dir, args.image_size, args.cache_dir, fit_photo)
 
 
+def read_test_ids(data_dir):
+    """The image_ids to predict, Series of str, in the row order of sample_submission.csv; test.csv must have the same."""
+    image_ids = read_table(Path(data_dir) / "sample_submission.csv", ("image_id", *CLASSES))["image_id"]
+    read_table(Path(data_dir) / "test.csv", ("image_id",), wanted=image_ids)
+    return image_ids
+
+
 def read_test(args):
     """What there is to predict: the image_ids, Series in the row order of sample_submission.csv, and CachedImages."""
-    image_ids = read_test_ids(args.data_dir, CLASSES)[: args.limit]
+    image_ids = read_test_ids(args.data_dir)[: args.limit]
     return image_ids, cached_photos(args, "test", image_ids)
 
 

@@ -44,9 +44,8 @@ from dataset import fit_photo, read_train
 from harness.console import say
 from harness.files import atomic_write, check_writable, write_csv
 from harness.photos import photo_paths, read_photo
-from harness.prediction import predict
 from harness.record import read_folds, read_own_csv
-from inference import load_trained, predict_out_of_fold, tta_views
+from inference import load_trained, predict, predict_out_of_fold, tta_views
 
 THUMBNAIL = 120  # longest side in pixels: there is one of every photo
 CONFIDENT = 2  # right and most certain photos of each class that get heat maps
@@ -191,7 +190,6 @@ def write_page(path, page):
     """Fill the page's template, error_analysis_page.html.jinja, with a dict, and write it whole or not at all."""
     loader = FileSystemLoader(Path(__file__).parent / "analysis")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True)
-    environment.filters["pretty"] = figures.pretty
     template = environment.get_template("error_analysis_page.html.jinja")
     with atomic_write(path, "w") as file:
         file.write(template.render(classes=CLASSES, colours=figures.colours(len(CLASSES)), **page))

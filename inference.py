@@ -1,14 +1,22 @@
 """Prediction: out-of-fold, and test-time augmentation. Used by steps 2 and 4 and the error analysis, not by the training."""
 
+import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from dataset import LeafDataset, cached_photos, fit_photo, train_augmentation
-from harness.prediction import check_networks, keep_predictions, load_network, predict, prepare_prediction
-from models import LeafNet
+from harness.console import InputError
+from harness.devices import autocast, enough_memory
+from harness.prediction import check_networks, keep_predictions, prepare_prediction
+from models import load_network
 from utils import CLASSES, N_FOLDS
+
+KEEP_EVERY = 60  # seconds: how much of a prediction is lost with an interruption
 
 
 def load_trained(args):
@@ -20,7 +28,7 @@ def load_trained(args):
     checkpoints = prepare_prediction(args, N_FOLDS)
     networks = {}
     for fold, name in zip(checkpoints["fold"], checkpoints["checkpoint"], strict=True):
-        networks[fold] = load_network(Path(args.log_dir) / name, LeafNet(args.backbone), args.compile)
+        networks[fold] = load_network(Path(args.log_dir) / name, args.backbone, args.compile)
     check_networks(args, networks, fit_photo)
     return checkpoints, networks
 
@@ -64,3 +72,40 @@ def predict_out_of_fold(args, train, folds, networks):
     soft_labels = pd.DataFrame(probabilities.astype(np.float64), columns=list(CLASSES), index=rows)
     soft_labels["image_id"] = train["image_id"].to_numpy()[rows]
     return soft_labels.sort_index()[["image_id", *CLASSES]]
+
+
+def predict(networks, dataset, keys, args, title, kept=None):
+    """Probabilities of each key (fold, draw, row) by the network of its fold: float32 (n, 4). The one place that predicts.
+
+    networks: dict of fold to LeafNet, in evaluation mode; kept: as of keep_predictions, for what takes long. A batch is
+    of one fold. The folds take turns, so that all read a photo while it is in memory, and are spread over args.devices:
+    nothing waits for a device before the end, so that several compute at once. Raises InputError if a network predicts
+    nan.
+    """
+    of_fold = [[i for i, key in enumerate(keys) if key[0] == fold] for fold in networks]
+    starts = range(0, max(map(len, of_fold)), args.val_batch_size)
+    batches = [rows[start : start + args.val_batch_size] for start in starts for rows in of_fold if rows[start:]]
+    values = np.full((len(keys), len(CLASSES)), np.nan, np.float32) if kept is None else kept
+    todo = [rows for rows in batches if np.isnan(values[rows]).any()]
+    devices = {fold: args.devices[i % len(args.devices)] for i, fold in enumerate(networks)}
+    networks = {fold: network.to(devices[fold]) for fold, network in networks.items()}
+    kind, parts, written = args.devices[0].type, [], time.monotonic()
+    workers = {"num_workers": args.num_workers, "pin_memory": kind == "cuda"}
+    loader = DataLoader(dataset, batch_sampler=[[keys[i] for i in rows] for rows in todo], **workers)
+    bar = tqdm(loader, title, initial=len(batches) - len(todo), total=len(batches), unit="batch", mininterval=1)
+    advice = f"type a smaller --val_batch_size than {args.val_batch_size}"
+    with enough_memory(advice), torch.inference_mode(), autocast(kind, args.precision):
+        for rows, batch in zip(todo, bar, strict=True):
+            fold = keys[rows[0]][0]
+            logits = networks[fold](batch["image"].to(devices[fold], non_blocking=True))
+            parts.append((rows, networks[fold].probabilities(logits)))
+            if rows is todo[-1] or kept is not None and time.monotonic() > written + KEEP_EVERY:
+                for of_part, part in parts:
+                    values[of_part] = part.cpu().numpy()
+                parts, written = [], time.monotonic()
+    if bad := sorted({keys[i][0] for i in np.flatnonzero(np.isnan(values).any(1))}):
+        raise InputError(
+            f"the network of fold {' '.join(map(str, bad))} predicts nan, so nothing is written: its training has "
+            "diverged; train it anew with --fresh, perhaps with a smaller --learning_rate"
+        )
+    return np.array(values)

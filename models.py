@@ -4,11 +4,13 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pretrainedmodels.models.senet import SENet
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR
 
-from harness.backbones import compute_maps, count_feature_maps, make_backbone, own_normalisation
-from harness.console import InputError
+from harness.backbones import compute_maps, count_feature_maps, load_checkpoint, make_backbone
+from harness.console import InputError, refusing
 from harness.devices import gather
 from utils import CLASSES, derive_seed, mean_auc
 
@@ -34,7 +36,8 @@ class LeafNet(nn.Module):
         self.bn.bias.requires_grad_(False)
         self.fc = nn.Linear(n_features, len(CLASSES))
         # not in the state dict: no weights, and checkpoints of before have no such entries
-        mean, std = own_normalisation(self.backbone) or (IMAGENET_MEAN, IMAGENET_STD)
+        of_timm = getattr(self.backbone, "pretrained_cfg", {})
+        mean, std = of_timm.get("mean", IMAGENET_MEAN), of_timm.get("std", IMAGENET_STD)
         self.register_buffer("mean", torch.tensor(mean) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std) * 255, persistent=False)
 
@@ -55,6 +58,39 @@ class LeafNet(nn.Module):
     def probabilities(self, logits):
         """What validation and prediction make of logits: float32 (n, 4) → float32 (n, 4)."""
         return logits.softmax(1)
+
+
+def load_network(path, backbone, compile=False):
+    """The LeafNet of a checkpoint, for prediction: in evaluation mode, batch norm folded into the convolutions.
+
+    compile: with its weights frozen, when it sees its first batch. Raises InputError if the file cannot be read safely
+    (weights_only) or holds another network.
+    """
+    network, state = LeafNet(backbone), load_checkpoint(path)["state_dict"]
+    # network: of LeafModule; _orig_mod: of torch.compile(network)
+    names = {name: name.removeprefix("network.").replace("_orig_mod.", "") for name in state}
+    with refusing(f"{path} holds another network than ours", RuntimeError):
+        network.load_state_dict({names[name]: value for name, value in state.items()})
+    network.eval()
+    if isinstance(network.backbone, SENet):
+        fold_batch_norm(network.backbone)
+    if compile:
+        network.compile(options={"freezing": True})
+    return network.to(memory_format=torch.channels_last)
+
+
+def fold_batch_norm(module):
+    """Fold batch norm into the convolution before it, in place, in a network of the SENet family in evaluation mode.
+
+    There every batch norm directly follows a convolution: bn1 after conv1, or the next module of a Sequential.
+    """
+    children = list(module.named_children())
+    for (name, child), (next_name, following) in zip(children, children[1:], strict=False):
+        if isinstance(child, nn.Conv2d) and isinstance(following, nn.BatchNorm2d):
+            setattr(module, name, fuse_conv_bn_eval(child, following))
+            setattr(module, next_name, nn.Identity())
+    for _, child in children:
+        fold_batch_norm(child)
 
 
 # ---------------------------------------------------------------------------------------------- learning

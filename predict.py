@@ -39,23 +39,17 @@ from joblib import cpu_count
 from PIL import Image
 from tqdm import tqdm
 
-from analysis.heat_maps import SHOWN, heat_maps, overlay, shrink
+from analysis.heat_maps import SHOWN, count_cells, heat_maps, overlay, shrink
 from dataset import LeafDataset, fit_photo, load_photo
 from harness.console import InputError, say
 from harness.files import atomic_write, check_writable, write_csv
 from harness.photos import looks_like_photo, read_photo
-from harness.prediction import predict
-from inference import load_trained, predict_tta
+from inference import load_trained, predict, predict_tta
 
 AT_ONCE = 256  # photos in memory
 LONGEST_NAME = 150  # bytes of a photo's name that go into the name of its heat map: file systems take 255 in all
 HEAT_MAP = b"heat map of predict.py"  # stands in these JPEG files, so that a folder's search knows them
 OF_SYSTEMS = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
-
-
-def report(problem):
-    """Print what is wrong, in one write: several threads do so at once."""
-    sys.stderr.write(f"error: {problem}\n")
 
 
 def find_photos(names):
@@ -67,7 +61,7 @@ def find_photos(names):
     for name in map(Path, names):
         photos, others, problems = search_folder(name) if name.is_dir() else ([name], [], [])
         for problem in problems or [f"{name} holds no photo"] * (not photos):
-            report(problem)
+            sys.stderr.write(f"error: {problem}\n")
             empty += 1
         if others:
             shown = ", ".join(repr(str(path))[1:-1] for path in others[:5])  # a name may hold what does not print
@@ -101,7 +95,7 @@ def search_folder(folder):
         hidden += [Path(parent) / name for name in left_out]
         folders[:] = sorted(set(folders) - left_out)
         for path in (Path(parent) / name for name in set(files) - left_out):
-            (photos if looks_like_photo(path) and not is_heat_map(path) else others).append(path)
+            (photos if looks_like_photo(path) and not (path.is_file() and is_heat_map(path)) else others).append(path)
     problems = [f"the folder {error.filename} cannot be read: {error.strerror}" for error in errors]
     return sorted(photos), sorted(others) + sorted(hidden), problems
 
@@ -113,7 +107,7 @@ def load_or_report(path, image_size):
             raise InputError(f"{str(path)!r} cannot be written in a table (no UTF-8, or invisible signs): rename it")
         return load_photo(path, image_size)
     except InputError as error:
-        report(error.message)
+        sys.stderr.write(f"{error}\n")  # in one write: several threads do so at once
 
 
 def classify(args, networks, images, names):
@@ -141,8 +135,10 @@ def draw_heat_map(path, photo, predicted, args, networks):
 
 def main(args):
     if "tta_draws" in args.typed and not args.tta:
-        raise InputError("--tta_draws is the number of views of --tta: type both or neither")
+        raise InputError("--tta_draws does nothing without --tta: type both")
     check_writable(args.output)
+    if args.heat_maps is not None:
+        check_writable(Path(args.heat_maps) / "map.jpg")
     paths, empty = find_photos(args.photos)
     _, networks = load_trained(args)
 
@@ -166,10 +162,12 @@ def main(args):
     table = predictions.assign(prediction=np.array(CLASSES)[predicted])[["image", "prediction", *CLASSES]]
     print(table.to_string(index=False, float_format="{:.3f}".format), flush=True)
     say(f"wrote {args.output}: {len(predictions)} photos")
+    if args.heat_maps is not None:
+        count_cells(networks[args.folds[0]], load_photo(done[0], args.image_size))
     for number, path in enumerate(tqdm(done, "heat maps", unit="photo") if args.heat_maps else [], 1):
         stem, k = path.stem.encode()[:LONGEST_NAME].decode(errors="ignore"), predicted[number - 1]
-        name = Path(args.heat_maps) / f"{number:04d}-{stem}-{CLASSES[k]}.jpg"
-        draw_heat_map(name, read_photo(path), k, args, networks)
+        name = f"{number:04d}-{stem}-{CLASSES[k]}.jpg".replace("/", "_")
+        draw_heat_map(Path(args.heat_maps) / name, read_photo(path), k, args, networks)
     bad = len(paths) - len(predictions)
     if bad or empty:
         raise InputError(f"{bad} of {len(paths)} photos could not be read, {empty} folders held none, see above")

@@ -5,8 +5,7 @@
 
 Reads   DATA_DIR/train.csv and images/; in step 3 also the soft labels that step 2 wrote.
 Writes  LOG_DIR: hparams.yaml, folds.csv, the six best checkpoints of each fold, metrics/, results.csv, out_of_fold.csv.
-Expect  a progress bar per epoch; 70 epochs per fold. After an interruption the same command continues: finished folds are
-        not trained again, an unfinished one continues after its last epoch that was kept.
+Expect  a progress bar per epoch, 70 epochs per fold. After an interruption the same command continues where it was.
 """
 
 from harness.console import parse_args
@@ -29,16 +28,16 @@ from dataset import (
     fit_photo,
     make_loader,
     mix_labels,
+    read_soft_labels,
     read_train,
     train_augmentation,
 )
-from harness.backbones import count_feature_maps, find_weights, load_backbone_weights
+from harness.backbones import check_backbone, find_weights, load_backbone_weights
 from harness.callbacks import BestCheckpoints
 from harness.console import is_interactive, say
 from harness.photos import CachedImages
 from harness.run import Run
-from harness.tables import distribution, read_table
-from models import LeafModule, LeafNet
+from models import LeafModule, LeafNet, load_network
 
 
 @dataclass
@@ -57,9 +56,8 @@ def read_training_data(args, run):
     train = read_train(args)
     hard_labels = labels = train[list(CLASSES)].to_numpy(np.float32)
     if args.soft_labels_filename is not None:
-        columns, wanted = ("image_id", *CLASSES), {"wanted": train["image_id"], "may_hold_more": args.limit is not None}
-        soft = read_table(args.soft_labels_filename, columns, rule=distribution, hint="run step 2 first", **wanted)
-        labels = mix_labels(hard_labels, soft[list(CLASSES)].to_numpy(), args.soft_share)
+        soft = read_soft_labels(args, args.soft_labels_filename, train["image_id"])
+        labels = mix_labels(hard_labels, soft, args.soft_share)
     seed = args.seed if args.fold_seed is None else args.fold_seed
     folds = split_folds(len(train), seed, hard_labels.argmax(1))
     run.check(folds, hard_labels)
@@ -134,12 +132,11 @@ def train_fold(args, fold, data, weights, run):
 
 def main(args):
     run = Run(args, N_FOLDS, CLASSES)
-    count_feature_maps(args.backbone, tuple(args.image_size))  # or it does not fit
+    check_backbone(args.backbone, args.image_size)
     data = read_training_data(args, run)
     weights = find_weights(args.weights, args.backbone)
     module = make_module(args, args.folds[0], weights)  # what does not fit together is told now, not after the start
-    with run.begin(data, weights, make_network=lambda: LeafNet(args.backbone), fit=fit_photo):
-        run.describe(module, data.folds)
+    with run.begin(data, weights, module, load=lambda path: load_network(path, args.backbone), fit=fit_photo):
         for fold in run.folds_left():
             train_fold(args, fold, data, weights, run)
     out_of_fold = run.summarise()

@@ -132,6 +132,28 @@ def output_name(name, args):
     return name.replace(".csv", f"{limit}{folds}.csv")
 
 
+# ---------------------------------------------------------------------------------------------- what labels must be
+
+
+def one_hot(values):
+    """A rule for hard labels, for read_table: float (n, k) → n texts, "" for a row that is one 1 and else 0."""
+    good = np.isin(values, (0, 1)).all(1) & (values.sum(1) == 1)
+    return np.where(good, "", f"is not one 1 and {values.shape[1] - 1} times 0")
+
+
+def distribution(values):
+    """A rule for soft labels, for read_table: float (n, k) → n texts, "" for a row that is a probability distribution.
+
+    A sum may differ from 1 by what rounding each value to its digits makes of it: with two digits 0.005 a value.
+    """
+    digits = np.select([(values.round(digits) == values).all(1) for digits in (2, 3)], [2, 3], 4)
+    allowed, sums = np.maximum(1e-3, values.shape[1] * 0.5 * 10.0**-digits) + 1e-9, values.sum(1)
+    texts = [f"is no probability distribution: it sums to {total:.4g}" for total in sums]
+    texts = np.where(np.abs(sums - 1) <= allowed, "", texts)
+    outside = (values < 0).any(1) | (values > 1).any(1)
+    return np.where(outside, "is no probability distribution: it holds a value outside 0…1", texts)
+
+
 # ---------------------------------------------------------------------------------------------- seeds and folds
 
 

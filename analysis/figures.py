@@ -3,6 +3,7 @@
 import io
 import random
 import re
+import warnings
 from collections import Counter
 
 import matplotlib
@@ -23,8 +24,8 @@ INK = "#010203"  # stands for the page's own text colour, light or dark
 STYLE = {f"{part}color": INK for part in ("text.", "axes.edge", "axes.label", "xtick.", "ytick.", "grid.")}
 STYLE |= {"grid.alpha": 0.2, "axes.grid": True, "axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "leaves", "font.size": 11}
-STYLE |= {"figure.figsize": (5, 4.6), "figure.constrained_layout.use": True}
-STYLE |= {"text.parse_math": False}  # a class may be called $x$
+STYLE |= {"figure.figsize": (5, 4.6), "figure.constrained_layout.use": True, "text.parse_math": False}
+warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has other fonts
 in_page_style = plt.rc_context(STYLE)  # a decorator
 
 
@@ -40,14 +41,8 @@ def as_svg(figure):
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = "<svg" + file.getvalue().split("<svg", 1)[1].replace(INK, "currentColor")
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'class="chart"', svg, count=1)
-
-
-def pretty(name):
-    """A class name as people write it."""
-    return name.replace("_", " ")
 
 
 @in_page_style
@@ -59,10 +54,10 @@ def draw_roc(labels, probabilities, aucs):
         if not np.isnan(aucs[k]):
             false, true, _ = roc_curve(labels == k, probabilities[:, k])
         auc = "not defined" if np.isnan(aucs[k]) else f"{aucs[k]:.4f}"
-        axes.plot(false, true, color=colour, label=f"{pretty(CLASSES[k])}: {auc}")
+        axes.plot(false, true, color=colour, label=f"{CLASSES[k]}: {auc}".replace("_", " "))
     axes.plot([0, 1], [0, 1], ":", color=INK, linewidth=1)
     axes.set(xlabel="false alarms, share of the other photos", ylabel="found, share of the photos of this class")
-    axes.legend(title="AUC", loc="lower right")
+    axes.legend(title="AUC", loc="lower right", fontsize="medium" if len(CLASSES) < 7 else "small")
     return as_svg(figure)
 
 
@@ -89,16 +84,15 @@ def draw_epochs(metrics, column, label, dashed=None, best=None):
     """
     figure, axes = plt.subplots()
     for position, (fold, rows) in enumerate(metrics.items()):
-        colour = colours(len(metrics))[position]
-        style = {"color": colour, "marker": "o" if len(rows) == 1 else None}  # one epoch is no line
+        style = {"color": colours(len(metrics))[position], "marker": "o" if len(rows) == 1 else None}
         if dashed is not None:
             axes.plot(rows["epoch"], rows[dashed], "--", linewidth=1, markerfacecolor="none", **style)
         width = 1.3 + 2 * (1 - position / len(metrics))
         axes.plot(rows["epoch"], rows[column], label=f"fold {fold}", linewidth=width, **style)
         if best is not None:
-            axes.plot(best[fold], rows.set_index("epoch")[column][best[fold]], "o", color=colour, markersize=8)
+            axes.plot(best[fold], rows.set_index("epoch")[column][best[fold]], "o", color=style["color"], markersize=8)
     axes.set(xlabel="epoch", ylabel=label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if column == "lr":
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes.legend()

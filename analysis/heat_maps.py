@@ -10,7 +10,6 @@ from harness.console import say
 
 SHOWN = 360  # longest side of a photo that is shown, in pixels
 HEAT = (230, 0, 160)  # magenta, which neither leaves nor spots have
-TINY = np.finfo(np.float32).tiny  # instead of 0, where a map is the same at all places
 STRENGTH = 0.6  # its opacity at the hottest place; cold ones leave the photo as it is
 
 
@@ -44,7 +43,7 @@ def cell_maps(network, images, classes):
 def heat_maps(network, images, classes):
     """`cell_maps` in the size of the images, each from 0 to 1: float32 (n, height, width)."""
     large = [cv2.resize(cells, images.shape[2:0:-1]) for cells in cell_maps(network, images, classes)]
-    return np.stack([(heat - heat.min()) / max(np.ptp(heat), TINY) for heat in large])
+    return np.stack([(heat - heat.min()) / max(np.ptp(heat), 1e-30) for heat in large])
 
 
 def count_cells(network, image):

@@ -81,10 +81,8 @@ def check_same_photos(runs):
         limited = any(record["options"].get("limit") for of in (first, run) for record in of.records.values())
         nested = run.all_ids <= first.all_ids or run.all_ids >= first.all_ids
         if run.all_ids != first.all_ids and not (nested and (limited or not (first.all_known and run.all_known))):
-            n, n_first, n_both = map(len, (run.all_ids, first.all_ids, run.all_ids & first.all_ids))
-            raise InputError(
-                f"{run.name} is about other photos than {first.name}: of {n} and {n_first} they share {n_both}"
-            )
+            a, b, both = map(len, (run.all_ids, first.all_ids, run.all_ids & first.all_ids))
+            raise InputError(f"{run.name} is about other photos than {first.name}: of {a} and {b} they share {both}")
     in_all = set.intersection(*(set(run.image_ids) for run in runs))
     common = [image_id for image_id in first.image_ids if image_id in in_all]
     if not common:
@@ -96,16 +94,15 @@ def check_same_photos(runs):
         same.append(replace(run, image_ids=common, **parts))
         other = np.flatnonzero(same[-1].labels != same[0].labels)
         if len(other):
-            which = f"of {common[other[0]]} and {len(other) - 1} others"
-            raise InputError(f"{run.name} has other labels than {first.name}, {which}")
+            row, n = other[0], len(other) - 1
+            raise InputError(f"{run.name} has other labels than {first.name}, of {common[row]} and {n} others")
     return same, same[0].labels
 
 
 def describe_changes(before, after, but_for=frozenset()):
     """What differs in options, inputs and source files in the folds that both runs have, as text; but_for: names that may."""
-    for run in (before, after):
-        if not run.records:
-            return f"{run.name}/metrics/ lacks the record of a finished fold: what differs in its training is unknown"
+    if without := [run.name for run in (before, after) if not run.records]:
+        return f"{without[0]}/metrics/ lacks the record of a finished fold: what differs in its training is unknown"
     found = {}
     for fold in sorted(before.records.keys() & after.records.keys()):
         was, now = before.records[fold], after.records[fold]

@@ -76,11 +76,12 @@ def compare(labels, variants, classes, n_resamples=RESAMPLES, names=None):
     runs, n_first = [run for runs in variants for run in runs], len(variants[0])
     drawn = resample(labels, n_resamples)
     figures, of_drawn = ([measure(labels, run, classes, weights) for run in runs] for weights in (None, drawn))
-    of_left_out = None
+    of_left_out = []
     if len(runs) == 2 and len(labels) <= FEW:
         left_out = 1 - np.eye(len(labels), dtype=np.float32)
         of_left_out = [measure(labels, run, classes, left_out) for run in runs]
-    alone = [name for number, name in enumerate(classes) if (labels == number).sum() == 1]
+    unknown = {name for k, name in enumerate(classes) if (labels == k).sum() == 1}
+    unknown |= {"mean AUC"} if unknown else set()  # one photo does not tell how much another one would change
     differences = {}
     for name in names or figures[0]:
         values = np.concatenate([of_run[name] for of_run in figures])
@@ -90,13 +91,10 @@ def compare(labels, variants, classes, n_resamples=RESAMPLES, names=None):
             variance, freedom = variance_of_variants(values, covariance, n_first)
         else:
             variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
-            freedom = np.inf
-            if of_left_out is not None:
-                freedom = degrees_of_freedom(labels, of_left_out[1][name] - of_left_out[0][name])
+            freedom = degrees_of_freedom(labels, of_left_out[1][name] - of_left_out[0][name]) if of_left_out else np.inf
         reach = stdtrit(min(freedom, 1e6), 0.975) * np.sqrt(max(0, variance))
-        is_auc, of_alone = name == "mean AUC" or name in classes, alone if name == "mean AUC" else name in alone
-        limit = 1 if is_auc else len(labels) if name == "wrong photos" else np.inf
-        if of_alone or is_auc and reach > 0.5:  # one photo does not tell how much another one would change
+        limit = {"log loss": np.inf, "wrong photos": len(labels)}.get(name, 1)
+        if name in unknown or limit == 1 and reach > 0.5:  # 1: an AUC
             reach = limit = np.inf
         low, high = np.clip([value - reach, value + reach], -limit, limit)
         differences[name] = Difference(float(value), float(low), float(high))

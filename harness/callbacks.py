@@ -70,30 +70,11 @@ class BestCheckpoints(ModelCheckpoint):
             self.best_model_score, self.kth_value = scores[ranked[0]], scores[ranked[-1]]
 
 
-class StopIfNotFinite(pl.Callback):
-    """Raises InputError, naming fold and epoch, before an epoch with a loss that is nan or infinite is validated or kept."""
-
-    def __init__(self, fold):
-        self.fold = fold
-
-    def on_train_epoch_start(self, trainer, module):
-        self.total = 0.0
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if outputs:
-            self.total = self.total + outputs["loss"].detach()  # looked at once an epoch: each look makes a GPU wait
-
-    def on_validation_start(self, trainer, module):
-        if not math.isfinite(self.total):
-            raise InputError(
-                f"fold {self.fold} stopped: a loss of epoch {trainer.current_epoch} is not finite. Look at the labels; or "
-                f"train it anew with --fresh --folds {self.fold} and --precision 32, a smaller --gradient_clip_val or "
-                "--learning_rate (and --accept_changes, to keep the folds that are finished)"
-            )
-
-
 class EpochLog(pl.Callback):
-    """One row per epoch, as CSV (LOG_DIR/metrics/fold=K.csv) and for TensorBoard (LOG_DIR/metrics/fold=K/)."""
+    """One row per epoch, as CSV (LOG_DIR/metrics/fold=K.csv) and for TensorBoard (LOG_DIR/metrics/fold=K/).
+
+    Raises InputError before an epoch with a loss that is nan or infinite is validated or kept.
+    """
 
     def __init__(self, log_dir, fold, n_folds_left=1):
         self.path, self.fold, self.n_folds_left = Path(log_dir) / "metrics" / f"fold={fold}.csv", fold, n_folds_left
@@ -110,27 +91,38 @@ class EpochLog(pl.Callback):
             self.board = SummaryWriter(self.path.with_suffix(""), purge_step=len(self.rows))
 
     def on_train_epoch_start(self, trainer, module):
-        self.started, self.lr = time.perf_counter(), trainer.optimizers[0].param_groups[0]["lr"]
+        self.started, self.lr, self.loss = time.perf_counter(), trainer.optimizers[0].param_groups[0]["lr"], 0.0
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if outputs:
+            self.loss = self.loss + outputs["loss"].detach()  # looked at once an epoch: each look makes a GPU wait
+
+    def on_validation_start(self, trainer, module):
+        if not math.isfinite(self.loss):
+            raise InputError(
+                f"fold {self.fold} stopped: a loss of epoch {trainer.current_epoch} is not finite. Look at the labels; or "
+                f"train it anew with --fresh --folds {self.fold} and --precision 32, a smaller --gradient_clip_val or "
+                "--learning_rate (and --accept_changes, to keep the folds that are finished)"
+            )
 
     def on_train_epoch_end(self, trainer, module):
         names = sorted(trainer.callback_metrics.keys() - {"loss", "lr"})  # these are of the last step
         metrics = {name: float(trainer.callback_metrics[name]) for name in names}
         self.seconds.append(round(time.perf_counter() - self.started, 2))
-        epoch = {"epoch": trainer.current_epoch, "lr": self.lr}
-        self.rows.append({**epoch, **metrics, "seconds": self.seconds[-1]})
+        self.rows.append({"epoch": trainer.current_epoch, "lr": self.lr, **metrics, "seconds": self.seconds[-1]})
         if trainer.is_global_zero:
             write_csv(self.path, pd.DataFrame(self.rows))
             for name in ("lr", *metrics):
                 self.board.add_scalar(name, self.rows[-1][name], trainer.current_epoch)
             self.board.flush()
-        n_left = trainer.max_epochs - len(self.rows)
         if not is_interactive():
             values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             of_all = f"{len(self.rows)} of {trainer.max_epochs}"
             say(f"fold {self.fold}, epoch {trainer.current_epoch} ({of_all}): {values}, lr {self.lr:.2g}")
+        n_left = trainer.max_epochs - len(self.rows)
         if len(self.seconds) == 2 and n_left > 0:  # the first epoch warms up
-            times = [n_left, n_left + self.n_folds_left * trainer.max_epochs]
-            fold, all_folds = (timedelta(seconds=round(n * self.seconds[1])) for n in times)
+            epochs = [n_left, n_left + self.n_folds_left * trainer.max_epochs]
+            fold, all_folds = (timedelta(seconds=round(n * self.seconds[1])) for n in epochs)
             more = f", with the {self.n_folds_left} folds after it in {all_folds}" * (self.n_folds_left > 0)
             say(f"fold {self.fold}: {self.seconds[1]:.0f} s an epoch, done in about {fold} (h:mm:ss){more}")
 
@@ -147,10 +139,9 @@ class ResumePoint(pl.Callback):
 
     def on_fit_start(self, trainer, module):
         known = set(trainer.checkpoint_callback.best_k_models)
-        if trainer.is_global_zero:  # checkpoints of epochs that were lost, and will be trained again
-            for path in self.log_dir.glob(f"fold={self.fold}-epoch=*.ckpt"):
-                if str(path) not in known:
-                    remove(path)
+        for path in map(str, self.log_dir.glob(f"fold={self.fold}-epoch=*.ckpt")):
+            if trainer.is_global_zero and path not in known:  # of epochs that were lost, and will be trained again
+                remove(path)
 
     def on_train_start(self, trainer, module):
         signal.signal(
@@ -161,10 +152,10 @@ class ResumePoint(pl.Callback):
     def on_train_epoch_start(self, trainer, module):
         due = trainer.current_epoch > self.first_epoch and time.monotonic() > self.written + RESUME_EVERY
         if trainer.strategy.broadcast(due):
-            counts = trainer.fit_loop.epoch_progress.total, trainer.fit_loop.epoch_progress.current
-            for count in counts:  # in what is kept, this epoch is not yet begun
-                count.ready -= 1
+            progress = trainer.fit_loop.epoch_progress
+            for count in (progress.total, progress.current):
+                count.ready -= 1  # in what is kept, this epoch is not yet begun
             trainer.save_checkpoint(resume_path(self.log_dir, self.fold))
-            for count in counts:
+            for count in (progress.total, progress.current):
                 count.ready += 1
             self.written = time.monotonic()

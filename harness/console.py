@@ -10,9 +10,9 @@ import signal
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 
-# Set in processes that train.py has started: what their lines begin with, for example "fold 0 | ".
-PREFIX = os.environ.get("PLANT_PATHOLOGY_PREFIX")
+PREFIX = os.environ.get("PLANT_PATHOLOGY_PREFIX")  # set where train.py has started a process: what its lines begin with
 MAIN_PROCESS = os.getpid()  # loaders' workers are forked from it
 GO_ON = "the same command (without --fresh) goes on from there"
 
@@ -23,6 +23,16 @@ class InputError(SystemExit):
     def __init__(self, message):
         super().__init__(f"{PREFIX or ''}error: {message}")
         self.message = message
+
+
+@contextmanager
+def refusing(what, *errors, advice=""):
+    """Within the block, make an InputError of one of these kinds of errors: `what` is wrong, the reason, the advice."""
+    try:
+        yield
+    except errors as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"{what} ({reason}){advice}") from error
 
 
 def raise_all(path, problems, shown=10):
@@ -61,9 +71,9 @@ def quiet_libraries():
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     words = (
-        "does not have many workers|Checkpoint directory|LeafSpec|sync_dist=True|lr_scheduler.step.. before `optimizer"
+        "many workers|Checkpoint directory|LeafSpec|sync_dist=True|lr_scheduler.step.. before|parameter 'pretrained'"
     )
-    warnings.filterwarnings("ignore", message=f".*({words}|parameter 'pretrained'|weight enum or .None.)")
+    warnings.filterwarnings("ignore", message=f".*({words}|weight enum or .None.)")
 
 
 # ---------------------------------------------------------------------------------------------- the command line
@@ -90,8 +100,7 @@ def number(kind, least, most, words):
     """A type for argparse: an int or a float (`kind`) from `least` to `most`, `words` for what it must be."""
 
     def parse(text):
-        value = kind(text)
-        if not least <= value <= most:
+        if not least <= (value := kind(text)) <= most:
             raise argparse.ArgumentTypeError(f"{text} is not {words}")
         return value
 
@@ -124,7 +133,7 @@ def parse_args(parser, argv=None):
         if re.match("--?[A-Za-z]", option) and option not in known:  # allow_abbrev=False leaves -t for -tbs alone
             close = "".join(f", did you mean {name}?" for name in difflib.get_close_matches(option, known, n=1))
             parser.error(f"unrecognized option {option}{close}")
-    unset, defaults = object(), {name: parser.get_default(name) for name in (a.dest for a in parser._actions)}
+    unset, defaults = object(), {action.dest: parser.get_default(action.dest) for action in parser._actions}
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults.keys() - {"help"}, unset)))
     args.typed = {name for name in defaults if getattr(args, name, unset) is not unset}
     vars(args).update({name: defaults[name] for name, value in vars(args).items() if value is unset})

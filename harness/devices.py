@@ -1,16 +1,15 @@
 """What a script runs on: GPUs or the CPU, the precision, memory, and what several processes have in common."""
 
-import atexit
 import platform
 import re
-import socket
+from contextlib import contextmanager
 from importlib.metadata import version
 
 import cv2
 import torch
 from torch import distributed
 
-from harness.console import GO_ON, InputError
+from harness.console import GO_ON, InputError, refusing
 
 OUT_OF_MEMORY = re.compile(
     "out of memory|DefaultCPUAllocator|could not create a (primitive|memory)|bad_alloc|Cannot allocate memory"
@@ -36,14 +35,10 @@ def choose_device(gpus, cpu_processes=None):
 
 def check_gpus(indices):
     """Raise InputError if torch, which counts these GPUs, cannot compute on one: its driver, or a build without its code."""
+    advice = ": install another build of torch or a newer driver (docs/installing.md), or type --cpu_processes 1"
     for index in indices:
-        try:
+        with refusing(f"GPU {index} cannot be used", RuntimeError, AssertionError, advice=advice):
             torch.ones(1, device=torch.device("cuda", index)).add_(1).item()
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(
-                f"GPU {index} cannot be used ({str(error).splitlines()[0]}): install another build of torch or a newer "
-                "driver (docs/installing.md), name others with --gpus, or type --cpu_processes 1 to run on the CPU"
-            ) from error
 
 
 def choose_precision(precision, device):
@@ -75,19 +70,24 @@ def describe_environment():
     return found | {"opencv": cv2.__version__}  # of whichever of its builds is installed
 
 
-def refuse_out_of_memory(error, advice):
-    """Raise InputError if an error says that memory was too small, with the advice, or if a loader's worker has ended.
+@contextmanager
+def enough_memory(advice):
+    """Within the block, make an InputError of an error that says that memory was too small, or of a loader's lost worker.
 
-    What torch, oneDNN, cuDNN, NCCL and Python make of it are errors of several kinds. Otherwise return.
+    What torch, oneDNN, cuDNN, NCCL and Python make of it are errors of several kinds.
     """
-    reason = str(error).splitlines()[0] if str(error) else "MemoryError"
-    if "DataLoader worker" in str(error):
-        raise InputError(
-            f"a process that loads photos has ended ({reason}), probably for want of memory: type a smaller --num_workers, "
-            f"and give a container more shared memory (docker run --shm-size 8g); {GO_ON}"
-        ) from error
-    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
-        raise InputError(f"too little memory ({reason}): {advice}") from error
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "MemoryError"
+        if "DataLoader worker" in str(error):
+            raise InputError(
+                f"a process that loads photos has ended ({reason}), probably for want of memory: type a smaller "
+                f"--num_workers, and give a container more shared memory (docker run --shm-size 8g); {GO_ON}"
+            ) from error
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+            raise InputError(f"too little memory ({reason}): {advice}") from error
+        raise
 
 
 def gather(parts):
@@ -100,17 +100,3 @@ def gather(parts):
     columns = [torch.cat(column).numpy() for column in columns]
     order = columns[0].argsort()
     return [column[order] for column in columns]
-
-
-def refuse_differences(facts):
-    """Raise InputError, in all processes, if the `facts` (dict of name to value) of one are not those of the first."""
-    gathered = [None] * distributed.get_world_size()
-    distributed.all_gather_object(gathered, (socket.gethostname(), facts))
-    (host, first), *others = gathered
-    for rank, (name, its_own) in enumerate(others, 1):
-        if differ := [what for what in first | its_own if first.get(what) != its_own.get(what)]:
-            atexit.register(distributed.destroy_process_group)  # or gloo's threads may abort a Python that ends
-            raise InputError(
-                f"process {rank} ({name}) would not train the same as process 0 ({host}): {', '.join(differ)} differ. All "
-                "machines must share the log directory, and have the same data and the same files of this repository"
-            )

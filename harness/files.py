@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from harness.console import InputError, say
+from harness.console import InputError, refusing, say
 
 LOCK_TIMEOUT = 60 * 60  # seconds: another process may decode all photos, from a slow disk
 
@@ -57,10 +57,8 @@ def write_csv(path, frame):
 
 def remove(path):
     """Delete a file if it is there. Raises InputError, naming it, if that is not possible."""
-    try:
+    with refusing(f"cannot delete {path}", OSError):
         Path(path).unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot delete {path}: {error.strerror}") from error
 
 
 def lock_file(path, wait=True, hint=""):
@@ -69,7 +67,7 @@ def lock_file(path, wait=True, hint=""):
     Raises InputError if the lock's file cannot be made, with the `hint` what to type, or after LOCK_TIMEOUT.
     """
     lock = FileLock(path)
-    try:
+    with refusing(f"cannot lock {path}", OSError, advice=hint):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
@@ -78,12 +76,12 @@ def lock_file(path, wait=True, hint=""):
                 return None
             say(f"waiting for another process, which holds {path}")
             lock.acquire(timeout=LOCK_TIMEOUT)
-    except OSError as error:  # a Timeout is one
-        raise InputError(f"cannot write {path}: {error.strerror or error}{hint}") from error
     return lock
 
 
-def sha256(path):
-    """SHA-256 of a file, as hexadecimal digits."""
-    with open(path, "rb") as file:
+def digest(content):
+    """SHA-256 of a text, or of the content of a file (a Path), as hexadecimal digits."""
+    if isinstance(content, str):
+        return hashlib.sha256(content.encode()).hexdigest()
+    with open(content, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

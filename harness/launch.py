@@ -1,22 +1,26 @@
 """How train.py becomes several processes: one for each device (DDP), a fold on each device, or those of a cluster."""
 
+import atexit
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
-import time
 from datetime import timedelta
+from multiprocessing.pool import ThreadPool
+from queue import SimpleQueue
 
 import torch.distributed.run
 from joblib import cpu_count
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning_fabric.strategies import DDPStrategy
+from torch import distributed
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from harness.console import GO_ON, PREFIX, InputError, say, stop
+from harness.console import GO_ON, PREFIX, InputError, refusing, say, stop
 
 JOIN_TIMEOUT = 30 * 60  # seconds for the other processes: each machine may first have to decode all photos
 
@@ -30,14 +34,11 @@ def find_processes():
     """
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment(), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    step = os.environ.get("SLURM_STEP_ID", "none")
+    step, n = os.environ.get("SLURM_STEP_ID", "none"), int(os.environ.get("SLURM_NTASKS", 1))
     if SLURMEnvironment.detect() and step.isdigit() and int(step) < 2**32 - 16:  # above: salloc's shell, a batch script
-        try:
-            n = int(os.environ["SLURM_NTASKS"])
+        with refusing("SLURM", RuntimeError, advice=" (docs/clusters.md)"):  # it asks for --ntasks-per-node
             return SLURMEnvironment(auto_requeue=False), n, n // int(os.environ["SLURM_NNODES"])
-        except RuntimeError as error:  # Lightning wants to know how many there are on each machine
-            raise InputError("SLURM: give --ntasks-per-node in place of --ntasks (docs/clusters.md)") from error
-    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and PREFIX is None:
+    if n > 1 and PREFIX is None:
         say("note: SLURM has given this job several tasks, but one process was started: srun python … starts them all")
     return LightningEnvironment(), 1, 1
 
@@ -51,17 +52,13 @@ def join_processes(run):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
-    rank, n, where = run.cluster.global_rank(), run.cluster.world_size(), run.cluster.main_address
-    waiting = f"process {rank} of {n} waits for the others at {where}:{run.cluster.main_port}"
+    rank, n, address = run.cluster.global_rank(), run.cluster.world_size(), run.cluster.main_address
+    waiting = f"process {rank} of {n} waits for the others at {address}:{run.cluster.main_port}"
     if PREFIX is None:
         say(waiting)
-    fabric = Fabric(
-        accelerator=run.accelerator,
-        devices=run.devices,
-        num_nodes=run.num_nodes,
-        strategy=DDPStrategy(timeout=timedelta(seconds=JOIN_TIMEOUT)),
-        plugins=[run.cluster],
-    )
+    strategy = DDPStrategy(timeout=timedelta(seconds=JOIN_TIMEOUT))
+    where = {"accelerator": run.accelerator, "devices": run.devices, "num_nodes": run.num_nodes}
+    fabric = Fabric(**where, strategy=strategy, plugins=[run.cluster])
 
     def meet(wait):
         try:
@@ -76,6 +73,20 @@ def join_processes(run):
 
     meet(fabric.launch)
     return lambda: meet(fabric.barrier)
+
+
+def refuse_differences(facts):
+    """Raise InputError, in all processes, if the `facts` (dict of name to value) of one are not those of the first."""
+    gathered = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, (socket.gethostname(), facts))
+    for rank, (name, its_own) in enumerate(gathered):
+        host, first = gathered[0]
+        if differ := ", ".join(what for what in first | its_own if first.get(what) != its_own.get(what)):
+            atexit.register(distributed.destroy_process_group)  # or gloo's threads may abort a Python that ends
+            raise InputError(
+                f"process {rank} ({name}) would not train the same as process 0 ({host}): {differ} differ. All machines "
+                "must share the log directory, and have the same data and the same files of this repository"
+            )
 
 
 def end_with_parent():
@@ -121,21 +132,16 @@ def launch_folds(folds, kind, indices, num_workers):
         "--num_workers",
         str(num_workers),
     ]
-    waiting, running, failed = list(folds), {}, []
-    try:
-        while waiting or running:
-            for index in indices:
-                fold, process = running.get(index, (None, None))
-                if process and process.poll() is not None:
-                    del running[index]
-                    failed += [fold] * (process.returncode != 0)
-                if waiting and index not in running:
-                    fold = waiting.pop(0)
-                    on = ["--gpus", str(index)] if kind == "cuda" else ["--cpu_processes", "1"]
-                    how = {"env": environment_of(len(indices), prefix=f"fold {fold} | "), "preexec_fn": end_with_parent}
-                    running[index] = fold, subprocess.Popen([*words, *on, "--folds", str(fold)], **how)
-            time.sleep(0.05)
-    finally:
-        for _, process in running.values():
-            process.terminate()
-    return failed
+    free = SimpleQueue()
+    for index in indices:
+        free.put(index)
+
+    def run(fold):
+        index, environment = free.get(), environment_of(len(indices), prefix=f"fold {fold} | ")
+        on = ["--gpus", str(index)] if kind == "cuda" else ["--cpu_processes", "1"]
+        code = subprocess.call([*words, *on, "--folds", str(fold)], env=environment, preexec_fn=end_with_parent)
+        free.put(index)
+        return code
+
+    with ThreadPool(len(indices)) as pool:
+        return [fold for fold, code in zip(folds, pool.map(run, folds, chunksize=1), strict=True) if code]

@@ -54,9 +54,10 @@ def decode_photo(path):
     Its content decides the format, not its name. JPEG is decoded by OpenCV, all else by Pillow; what is transparent
     becomes white. Raises BadPhoto if the file is missing, damaged or no photo.
     """
-    content, photo = read_content(Path(path)), None
+    path = Path(path)
+    content, photo = read_content(path), None
     if content.startswith(b"\xff\xd8"):
-        check_jpeg(Path(path).name, content)
+        check_jpeg(path.name, content)
         photo = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
     return decode_with_pillow(content) if photo is None else photo
 
@@ -78,38 +79,6 @@ def read_content(path):
         raise BadPhoto(f"cannot be read: {error.strerror}") from error
 
 
-def open_with_pillow(content):
-    """A picture of Pillow, not yet decoded. Raises BadPhoto for what is no photo, or only the small copy of one."""
-    try:
-        picture = Image.open(io.BytesIO(content), formats=FORMATS)
-    except PILLOW_ERRORS as error:
-        raise BadPhoto("cannot be decoded as a photo") from error
-    tags = getattr(picture, "tag_v2", {})  # a camera's raw file is a TIFF that begins with a thumbnail
-    if tags.get(REDUCED, 0) & 1 or DNG_VERSION in tags:
-        raise BadPhoto("is a camera's raw file: convert it to JPEG or PNG")
-    return picture
-
-
-def decode_with_pillow(content):
-    """The picture that a file holds, upright, transparent parts on white: uint8 (height, width, 3), RGB."""
-    try:
-        open_with_pillow(content).verify()  # the checksums of a PNG
-        picture = ImageOps.exif_transpose(open_with_pillow(content))
-        if picture.mode.startswith("I;16"):  # grey of 16 bits, which Pillow would cut off at 255
-            picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
-        if picture.mode in ("I", "F"):
-            raise BadPhoto("holds measurements, no colours: convert it to JPEG or PNG")
-        if picture.has_transparency_data:
-            white = Image.new("RGBA", picture.size, "white")
-            white.alpha_composite(picture.convert("RGBA"))
-            picture = white
-        return np.array(picture.convert("RGB"))
-    except BadPhoto:
-        raise
-    except PILLOW_ERRORS as error:
-        raise BadPhoto(f"cannot be decoded as a photo ({' '.join(str(error).split())[:200]})") from error
-
-
 def check_jpeg(name, content):
     """Raise BadPhoto if a JPEG lacks a part, which OpenCV decodes to grey or shifted pixels.
 
@@ -126,6 +95,35 @@ def check_jpeg(name, content):
             say(f"note: {name} may be damaged ({warning}): look at it")
 
 
+def decode_with_pillow(content):
+    """The picture that a file holds, upright, transparent parts on white: uint8 (height, width, 3), RGB."""
+    try:
+        open_with_pillow(content).verify()  # the checksums of a PNG
+        picture = ImageOps.exif_transpose(open_with_pillow(content))
+        if picture.mode.startswith("I;16"):  # grey of 16 bits, which Pillow would cut off at 255
+            picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+        if picture.mode in ("I", "F"):
+            raise BadPhoto("holds measurements, no colours: convert it to JPEG or PNG")
+        if picture.has_transparency_data:
+            white = Image.new("RGBA", picture.size, "white")
+            white.alpha_composite(picture.convert("RGBA"))
+            picture = white
+        return np.array(picture.convert("RGB"))
+    except PILLOW_ERRORS as error:
+        if isinstance(error, BadPhoto):
+            raise
+        raise BadPhoto(f"cannot be decoded as a photo ({' '.join(str(error).split())[:200]})") from error
+
+
+def open_with_pillow(content):
+    """A picture of Pillow, not yet decoded. Raises an error of Pillow, or BadPhoto for what is the small copy of one."""
+    picture = Image.open(io.BytesIO(content), formats=FORMATS)
+    tags = getattr(picture, "tag_v2", {})  # a camera's raw file is a TIFF that begins with a thumbnail
+    if tags.get(REDUCED, 0) & 1 or DNG_VERSION in tags:
+        raise BadPhoto("is a camera's raw file: convert it to JPEG or PNG")
+    return picture
+
+
 def read_photo(path):
     """`decode_photo`, but raises InputError, naming the file."""
     try:
@@ -138,7 +136,7 @@ def looks_like_photo(path):
     """Whether a file is meant to be a photo, readable or not: by its name, or by how it begins."""
     try:
         return path.suffix.lower() in SUFFIXES or bool(open_with_pillow(read_content(path)))
-    except BadPhoto as problem:
+    except PILLOW_ERRORS as problem:
         return "raw file" in str(problem)
 
 
@@ -175,10 +173,9 @@ def digest_photos(images, rows):
 def cache_images(name, image_ids, data_dir, image_size, cache_dir, fit):
     """The photos `image_ids` of data_dir, decoded and resized once: CachedImages in their order.
 
-    name: what the cache is called, for example "train"; fit: the recipe's function of a photo and image_size, uint8
-    (height, width, 3) of any size to one of image_size. The file's name holds a key over the photos' names, sizes and
-    times and over what `fit` does, so that after a change of these it is built anew; it replaces the one built before.
-    Raises InputError with all photos that are missing or cannot be decoded, or when the disk is full.
+    name: of the cache, for example "train"; fit: the recipe's function of a photo, uint8 (height, width, 3), and
+    image_size. The file's name holds a key, so that it is built anew when something has changed; it replaces the one built
+    before. Raises InputError with all photos that are missing or cannot be decoded, or when the disk is full.
     """
     folder = Path(data_dir).resolve() / "images"
     if not folder.is_dir():

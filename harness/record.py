@@ -5,9 +5,7 @@ fold is finished it holds its result, too. LOG_DIR/source/KEY/ are the source fi
 """
 
 import ast
-import hashlib
 import importlib.util
-import io
 import os
 import tokenize
 from functools import cache
@@ -16,8 +14,8 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from harness.console import InputError, say
-from harness.files import atomic_write, lock_file, remove, write_csv
+from harness.console import InputError, refusing, say
+from harness.files import atomic_write, digest, lock_file, remove, write_csv
 
 ROOT = Path(__file__).parent.parent
 FORMAT = 4  # of the log directory; raise it when an older one cannot be continued
@@ -46,7 +44,7 @@ def source_files(script):
         if name in found or not path.is_file():
             continue
         found[name] = path
-        for node in ast.walk(ast.parse(read_source(path), name)):
+        for node in ast.walk(ast.parse(path.read_bytes(), name)):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
                 package = ".".join(path.relative_to(ROOT).parent.parts)
@@ -58,27 +56,17 @@ def source_files(script):
     return dict(sorted(found.items()))
 
 
-def read_source(path):
-    """The text of a Python file, decoded as Python does: a byte order mark or an encoding's name may stand at its top."""
-    with tokenize.open(path) as file:
-        return file.read()
-
-
-def digest_text(text):
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def digest_sources(script):
     """SHA-256 of the files that `script` imports, but for comments and blank lines: dict of name to hexadecimal digits."""
     digests = {}
     for name, path in source_files(script).items():
-        text = read_source(path)
-        lines = text.splitlines()
-        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        with tokenize.open(path) as file:  # decodes as Python does
+            lines = file.read().splitlines()
+        for token in tokenize.generate_tokens(iter([f"{line}\n" for line in lines]).__next__):
             if token.type == tokenize.COMMENT:
                 row, column = token.start
                 lines[row - 1] = lines[row - 1][:column]
-        digests[name] = digest_text("\n".join(line.rstrip() for line in lines if line.strip()))
+        digests[name] = digest("\n".join(line.rstrip() for line in lines if line.strip()))
     return digests
 
 
@@ -98,12 +86,10 @@ def read_record(path):
     """A record that train.py wrote: dict. Raises InputError if it is missing, damaged or of another version."""
     if not path.exists():
         raise InputError(f"{path} is missing: name the --log_dir of a training, or train anew with --fresh")
-    try:
+    with refusing(f"{path} is damaged", yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
         if record["format"] == FORMAT:
             return record
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
-        raise InputError(f"{path} is damaged: not what train.py writes") from error
     raise InputError(f"{path} is of another version of this repository: use another --log_dir")
 
 
@@ -125,9 +111,7 @@ def read_results(log_dir, folds):
     Raises InputError, naming what is missing, unless every one of `folds` is finished.
     """
     results = {fold: read_result(log_dir, fold) for fold in folds}
-    missing = " ".join(str(fold) for fold in folds if results[fold] is None)
-    if missing:
-        read_record(Path(log_dir) / "hparams.yaml")  # the log directory itself may be missing
+    if missing := " ".join(str(fold) for fold in folds if results[fold] is None):
         raise InputError(
             f"{log_dir}: fold {missing} has no result and checkpoint; run train.py --folds {missing} first"
         )
@@ -149,8 +133,7 @@ def finish_fold(log_dir, fold, result):
 def remove_fold(log_dir, fold):
     """Delete what a fold has left in a log directory, its record last: a kill in between leaves nothing without one."""
     of_fold = record_path(log_dir, fold)
-    folder = of_fold.parent
-    others = [folder.with_name(f"fold={fold}.csv"), *set(folder.glob("*")) - {of_fold}]
+    others = set(of_fold.parent.glob("*")) - {of_fold} | {of_fold.parent.with_name(f"fold={fold}.csv")}
     for path in [*Path(log_dir).glob(f"fold={fold}-*.ckpt"), *others, of_fold]:
         remove(path)
 
@@ -158,15 +141,16 @@ def remove_fold(log_dir, fold):
 # ---------------------------------------------------------------------------------------------- a start
 
 
-def describe_run(args, devices, environment, fingerprints, sources):
+def describe_run(args, devices, environment, fingerprints):
     """What a start trains with: a dict of plain types.
 
     devices: text; environment: dict of what results depend on to the byte, but which may change; fingerprints: dict of
-    input name to SHA-256; sources: of digest_sources.
+    input name to SHA-256.
     """
     options = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED} | {"devices": devices}
     options |= {name: os.path.abspath(options[name]) for name in FOLDERS}  # the later steps may run in another folder
-    record = {"format": FORMAT, "source": digest_text(repr(sources))[:8], "environment": environment}
+    sources = digest_sources("train.py")
+    record = {"format": FORMAT, "source": digest(repr(sources))[:8], "environment": environment}
     return record | {"options": options, "fingerprints": fingerprints | sources}
 
 
@@ -229,32 +213,26 @@ def compare_folds(args, n_folds, record, busy=(), check_networks=None):
         done = read_result(log_dir, fold) is not None
         if done or fold in busy or resume_path(log_dir, fold).exists():
             before = read_record(record_path(log_dir, fold))
-            of_fold = list_changes(before, record)
-            changes |= of_fold
+            changes |= (of_fold := list_changes(before, record))
             finished += [fold] * done
             in_training += [str(fold)] * (bool(of_fold) and not done)
-            if before["environment"] != record["environment"]:
-                was, now = (of["environment"].items() for of in (before, record))
-                others = "; ".join(f"{name} was {value}" for name, value in was if (name, value) not in now)
+            was, now = before["environment"], record["environment"]
+            if others := "; ".join(f"{name} was {was[name]}" for name in was if was[name] != now.get(name)):
                 say(f"note: fold {fold} was begun in another environment ({others}): last digits may differ")
     if not changes:
         return
-    what, anew = (
-        "; ".join(changes.values()),
-        f"train all anew with --fresh --folds {' '.join(map(str, range(n_folds)))}",
-    )
-    if args.accept_changes and not in_training and not COMMON & changes.keys():
+    what, may_stay = "; ".join(changes.values()), not in_training and not COMMON & changes.keys()
+    if args.accept_changes and may_stay:
         if check_networks:
             check_networks(finished)
         return say(f"note: keeping the finished folds of {log_dir} in spite of: {what}")
     if any(name.endswith(".py") for name in changes):
         what += f" (diff -r {log_dir / 'source' / before['source']} {ROOT})"
-    if in_training and not COMMON & changes.keys():
-        numbers = " ".join(in_training)
-        anew += f"; or fold {numbers}, which is in training, with --fresh --folds {numbers} --accept_changes"
-    elif not COMMON & changes.keys():
-        anew += "; or keep the finished folds with --accept_changes"
-    raise InputError(f"{log_dir} holds folds that were trained differently: {what}. Use another --log_dir, or {anew}")
+    if in_training:
+        what += f"; and fold {' '.join(in_training)}, which is in training, goes on only as it was begun"
+    anew = f"Use another --log_dir, or train all anew with --fresh --folds {' '.join(map(str, range(n_folds)))}"
+    keep = "; or keep the finished folds with --accept_changes" if may_stay else ""
+    raise InputError(f"{log_dir} holds folds that were trained differently: {what}. {anew}{keep}")
 
 
 # ---------------------------------------------------------------------------------------------- for the later steps
@@ -278,13 +256,9 @@ def read_own_csv(path, columns):
     """Read a CSV file that train.py wrote. Raises InputError if it is missing, damaged, or lacks one of `columns`."""
     # NA may be an id; an undefined metric is empty; and pandas before 3 reads to the last digit only if told to
     exactly = {"float_precision": "round_trip"} if pd.__version__ < "3" else {}
-    try:
+    with refusing(f"{path} is damaged", ValueError, LookupError), refusing(f"cannot read {path}", OSError):
         table = pd.read_csv(path, dtype={"image_id": str}, keep_default_na=False, na_values=[""], **exactly)
         table[list(columns)].iloc[0]
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, LookupError) as error:
-        raise InputError(f"{path} is damaged ({error}): not what train.py writes") from error
     return table
 
 

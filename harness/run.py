@@ -8,22 +8,13 @@ import numpy as np
 import pandas as pd
 from pytorch_lightning.callbacks import TQDMProgressBar
 
-from harness import launch, record
+from harness import devices, launch, record
 from harness.backbones import load_checkpoint
-from harness.callbacks import EpochLog, ResumePoint, StopIfNotFinite, UnscaleFirst, WholeCheckpoints
+from harness.callbacks import EpochLog, ResumePoint, UnscaleFirst, WholeCheckpoints
 from harness.console import GO_ON, PREFIX, InputError, is_first_process, is_interactive, quiet_libraries, say
-from harness.devices import (
-    check_gpus,
-    choose_device,
-    choose_precision,
-    compute_exactly,
-    describe_environment,
-    refuse_differences,
-    refuse_out_of_memory,
-)
-from harness.files import lock_file, remove, sha256, write_csv
+from harness.files import digest, lock_file, remove, write_csv
 from harness.photos import digest_photos
-from harness.prediction import find_edit, keep_behaviour, load_network
+from harness.prediction import find_edit, keep_behaviour
 
 SMALLER_PARTS = (
     "type --accumulate_grad_batches 2, or more: the same photos a step, in as many parts (with --accept_changes where folds "
@@ -42,7 +33,7 @@ class Run:
         self.args, self.n_folds, self.classes = args, n_folds, list(classes)
         # recorded by their content; what an edit of the recipe reads besides is to be added here, before `begin`
         self.inputs = {"train.csv": Path(args.data_dir) / "train.csv", "soft labels": args.soft_labels_filename}
-        self.kind, self.indices = choose_device(args.gpus, args.cpu_processes)
+        self.kind, self.indices = devices.choose_device(args.gpus, args.cpu_processes)
         self.cluster, n_processes, n_here = launch.find_processes()
         self.joins = n_processes > 1  # others, that torchrun or srun has started
         if self.joins and (args.parallel_folds or len(self.indices) != n_here):
@@ -52,17 +43,16 @@ class Run:
             )
         self.launches = not self.joins and (args.parallel_folds or len(self.indices) > 1)
         self.n_devices = 1 if args.parallel_folds else len(self.indices) * n_processes // n_here
-        args.precision = choose_precision(args.precision, self.kind)
-        compute_exactly(args.precision)
+        args.precision = devices.choose_precision(args.precision, self.kind)
+        devices.compute_exactly(args.precision)
         if "num_workers" not in args.typed:  # the default is for one process alone on this machine
             args.num_workers = max(1, args.num_workers // len(self.indices))
         if self.kind == "cuda" and not self.launches:
-            check_gpus([self.indices[self.cluster.local_rank()]])
+            devices.check_gpus([self.indices[self.cluster.local_rank()]])
         # for pl.Trainer
         self.accelerator = "gpu" if self.kind == "cuda" else "cpu"
         self.devices = self.indices if self.kind == "cuda" else len(self.indices)
-        self.num_nodes = n_processes // n_here
-        self.strategy = "ddp" if self.joins else "auto"
+        self.num_nodes, self.strategy = n_processes // n_here, "ddp" if self.joins else "auto"
         self.precision = {"16": None, "32": "32-true", "bf16": "bf16-mixed"}[args.precision]
         unscale = [UnscaleFirst("16-mixed", self.kind)] if args.precision == "16" else []
         self.plugins = [WholeCheckpoints(), self.cluster, *unscale]
@@ -88,30 +78,26 @@ class Run:
                 say(f"note: fold {fold} has no photo of {name}; its AUC is the mean of the other classes")
 
     @contextmanager
-    def begin(self, data, weights, make_network, fit):
+    def begin(self, data, weights, module, load, fit):
         """Meet the other processes, lock the folds, compare with what the log directory holds, and record this start.
 
-        data: has image_ids, folds and images, one per photo; a photo of fold -1 belongs to none and is not in folds.csv;
-        weights: the file that the backbone starts from, or None; make_network, fit: what predictions will be made with.
-        Raises InputError if another process trains one of the folds, if the log directory holds other folds, or if there
-        is too little memory for what is done within.
+        data: TrainingData; a photo of fold -1 belongs to none and is not in folds.csv; weights: the file that the backbone
+        starts from, or None; module: what is trained; load, fit: what predictions will be made with. Raises
+        InputError if another process trains one of the folds, if the log directory holds other folds, or if there is too
+        little memory for what is done within.
         """
-        args, self.data, self.make_network, self.fit = self.args, data, make_network, fit
+        args, self.data, self.load, self.fit = self.args, data, load, fit
         wait_for_all = self.joins and launch.join_processes(self)
-        folds, devices = (
-            pd.DataFrame({"image_id": data.image_ids, "fold": data.folds}),
-            f"{self.n_devices} x {self.kind}",
-        )
+        in_folds, on = data.folds >= 0, f"{self.n_devices} x {self.kind}"
+        folds = pd.DataFrame({"image_id": data.image_ids, "fold": data.folds})[in_folds]
         files = {name: path for name, path in [*self.inputs.items(), ("weights", weights)] if path is not None}
-        fingerprints = {name: sha256(path) for name, path in files.items()}
-        for name, which in (("the photos", data.folds >= 0), ("the photos of no fold", data.folds < 0)):
-            if which.any():
-                fingerprints[name] = digest_photos(data.images, np.flatnonzero(which))
-        folds = folds[folds["fold"] >= 0]
-        fingerprints["the folds"] = record.digest_text(folds.to_csv(index=False))
-        mine = record.describe_run(
-            args, devices, describe_environment(), fingerprints, record.digest_sources("train.py")
-        )
+        fingerprints = {name: digest(Path(path)) for name, path in files.items()} | {
+            "the folds": digest(folds.to_csv())
+        }
+        for name, rows in (("the photos", in_folds), ("the photos of no fold", ~in_folds)):
+            if rows.any():
+                fingerprints[name] = digest_photos(data.images, np.flatnonzero(rows))
+        mine = record.describe_run(args, on, devices.describe_environment(), fingerprints)
         with ExitStack() as locks:
             if self.launches:  # those that are started record, and lock their folds
                 record.compare_folds(args, self.n_folds, mine)
@@ -122,19 +108,21 @@ class Run:
                 wait_for_all()  # or the others would read the log directory of before
                 seen = sorted(str(path) for path in Path(args.log_dir).rglob("*") if path.suffix in (".yaml", ".ckpt"))
                 options = {f"--{name}": of for name, of in mine["options"].items() if name not in record.FREE_OPTIONS}
-                refuse_differences({"the files of the log directory": seen, **mine["fingerprints"], **options})
+                launch.refuse_differences({"the files of the log directory": seen, **mine["fingerprints"], **options})
             if PREFIX is None:
-                say(f"{args.backbone} from {weights or 'scratch'} on {devices}, precision {args.precision}")
-            try:
+                n_parameters = sum(parameter.numel() for parameter in module.parameters())
+                say(
+                    f"{args.backbone}, {n_parameters:,} parameters, from {weights or 'scratch'}, on {on}, {args.precision}"
+                )
+                more = f", all of them on {(~in_folds).sum()} more" * (not in_folds.all())
+                say(f"{len(folds)} photos in {self.n_folds} folds{more}; {args.max_epochs} epochs per fold")
+            with devices.enough_memory(SMALLER_PARTS):
                 yield
-            except (RuntimeError, MemoryError) as error:
-                refuse_out_of_memory(error, SMALLER_PARTS)
-                raise
 
     def check_networks(self, folds):
         """Raise InputError if the networks of finished folds no longer predict what they did: they are never mixed."""
         for _, result in record.read_results(self.args.log_dir, folds).iterrows():
-            network = load_network(Path(self.args.log_dir) / result["checkpoint"], self.make_network())
+            network = self.load(Path(self.args.log_dir) / result["checkpoint"])
             if edit := find_edit(self.args.log_dir, result["fold"], network, self.fit):
                 raise InputError(f"{edit}: use another --log_dir, or train all anew with --fresh")
 
@@ -142,14 +130,13 @@ class Run:
         """The folds of the command line that are to be trained here, one after the other; or they are trained by others."""
         args = self.args
         if self.launches and args.parallel_folds:
-            failed = launch.launch_folds(args.folds, self.kind, self.indices, args.num_workers)
-            if failed:
+            if failed := launch.launch_folds(args.folds, self.kind, self.indices, args.num_workers):
                 raise InputError(f"fold {' '.join(map(str, failed))} failed, see above; {GO_ON}")
         elif self.launches:
             launch.launch_processes(len(self.indices))
         else:
-            for position, fold in enumerate(args.folds):
-                self.n_left = len(args.folds) - position - 1
+            for position, fold in enumerate(args.folds, 1):
+                self.n_left = len(args.folds) - position
                 if record.read_result(args.log_dir, fold) is None:
                     yield fold
                     continue
@@ -169,7 +156,7 @@ class Run:
     def callbacks(self, fold):
         """What keeps the log and the points from which a fold goes on, for pl.Trainer, after the ModelCheckpoint."""
         log_dir, bar = self.args.log_dir, [TQDMProgressBar(refresh_rate=10, leave=True)] * is_interactive()
-        return [StopIfNotFinite(fold), EpochLog(log_dir, fold, self.n_left), ResumePoint(log_dir, fold), *bar]
+        return [EpochLog(log_dir, fold, self.n_left), ResumePoint(log_dir, fold), *bar]
 
     def finish_fold(self, fold, trainer):
         """Record the best epoch of a fold that is trained: its metrics that begin with val_, and its checkpoint."""
@@ -180,46 +167,31 @@ class Run:
             result = {"fold": fold, "epoch": best["epoch"]}
             result |= {name: value for name, value in best.items() if name.startswith("val_")}
             result |= {f"last_{name}": value for name, value in last.items() if name.startswith("val_")}
-            rows = load_checkpoint(path)["validation"]["row"][:2]
-            photos = np.stack([self.data.images[int(row)] for row in rows])
-            keep_behaviour(self.args.log_dir, fold, load_network(path, self.make_network()), self.fit, photos)
+            photos = np.stack([self.data.images[int(row)] for row in load_checkpoint(path)["validation"]["row"][:2]])
+            keep_behaviour(self.args.log_dir, fold, self.load(path), self.fit, photos)
             record.finish_fold(self.args.log_dir, fold, result | {"checkpoint": path.name})
             self.collect()
 
     def collect(self):
         """Put results.csv and out_of_fold.csv together from all finished folds; returns both, DataFrames.
 
-        The second holds each photo by the network that has not seen it: image_id, fold, label and its softmax.
+        The second holds each photo by the network that has not seen it: image_id, fold, label and its probabilities.
         """
-        log_dir, parts = Path(self.args.log_dir), []
+        log_dir, labels = Path(self.args.log_dir), np.array(self.classes)[self.data.hard_labels.argmax(1)]
         with lock_file(log_dir / ".hparams.lock"):
             done = [fold for fold in range(self.n_folds) if record.read_result(log_dir, fold)]
-            results = record.read_results(log_dir, done)
+            results, parts = record.read_results(log_dir, done), []
             for fold, name in zip(results["fold"], results["checkpoint"], strict=True):
-                validation = load_checkpoint(log_dir / name)["validation"]
-                rows = validation["row"].numpy()
-                part = pd.DataFrame(validation["probabilities"].numpy(), columns=self.classes)
-                part.insert(0, "image_id", self.data.image_ids.iloc[rows].to_numpy())
-                part.insert(1, "fold", fold)
-                part.insert(2, "label", np.array(self.classes)[self.data.hard_labels[rows].argmax(1)])
-                parts.append(part)
+                validation = {
+                    key: value.numpy() for key, value in load_checkpoint(log_dir / name)["validation"].items()
+                }
+                rows = validation["row"]
+                part = {"image_id": self.data.image_ids.iloc[rows].to_numpy(), "fold": fold, "label": labels[rows]}
+                parts.append(pd.DataFrame(part | dict(zip(self.classes, validation["probabilities"].T, strict=True))))
             out_of_fold = pd.concat(parts, ignore_index=True)
-            for name, table in (("results.csv", results), ("out_of_fold.csv", out_of_fold)):
-                write_csv(log_dir / name, table)
+            write_csv(log_dir / "results.csv", results)
+            write_csv(log_dir / "out_of_fold.csv", out_of_fold)
         return results, out_of_fold
-
-    def describe(self, module, folds):
-        """Say what will be trained: parameters, photos, epochs, and how a batch is made. folds: int (n,)."""
-        args, n, extra = self.args, int((folds >= 0).sum()), int((folds < 0).sum())
-        parts = self.n_devices * args.accumulate_grad_batches
-        if PREFIX is None:
-            say(
-                f"{sum(parameter.numel() for parameter in module.network.parameters()):,} parameters; {n} photos, a fold "
-                f"validates on {n // self.n_folds} of them; "
-                + f"every fold trains on {extra} more; " * (extra > 0)
-                + f"{args.max_epochs} epochs per fold, batches of {args.train_batch_size}"
-                + f" ({parts} parts of {args.train_batch_size // parts})" * (parts > 1)
-            )
 
     def summarise(self):
         """Say the results of all finished folds; returns their out-of-fold predictions, or None if another process does."""

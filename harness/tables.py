@@ -1,11 +1,9 @@
 """The CSV files that come from outside, read strictly: all that is wrong with a file is told at once, by line and id."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
-from harness.console import InputError, raise_all, say
+from harness.console import InputError, raise_all, refusing
 
 PLAIN_NAME = r"(?![.=+@-])(?![A-Za-z]:)[^/\\]+"  # what begins with = + - @ a spreadsheet would take for a formula
 
@@ -15,12 +13,18 @@ def read_table(
 ):
     """Read a CSV file whose columns are `columns`: image_id, unique names of files, then numbers.
 
-    rule: function of the numbers, float (n, k), to n texts: what is wrong with each row, "" where nothing is, as of
-    `one_hot` and `distribution`; wanted: the ids that must be there, in any order, and, unless may_hold_more, no others;
-    hint: what to do if the file does not exist. Returns a DataFrame with image_id (str) and floats, in the order of
-    `wanted` or else of the file. Raises InputError naming the file and all that is wrong with it.
+    rule: function of the numbers, float (n, k), to n texts: what is wrong with each row, "" where nothing is; wanted: the
+    ids that must be there, in any order, and, unless may_hold_more, no others; hint: what to do if the file does not
+    exist. Returns a DataFrame with image_id (str) and floats, in the order of `wanted` or else of the file. Raises
+    InputError naming the file and all that is wrong with it.
     """
-    frame = read_text(path, hint)
+    text = {"header": None, "dtype": str, "keep_default_na": False, "skip_blank_lines": False, "encoding": "utf-8-sig"}
+    with (  # ValueError: no UTF-8, no rows, too many values in a line, a quote that does not end
+        refusing(f"{path} cannot be read as CSV in UTF-8", ValueError),
+        refusing(f"{path} cannot be read", OSError),
+        refusing(f"{path} does not exist", FileNotFoundError, advice=f"; {hint}"),
+    ):
+        frame = pd.read_csv(path, **text)
     header = frame.iloc[0].tolist()
     if ";" in header[0]:
         raise InputError(f"{path}: its columns are separated by semicolons: save it with commas")
@@ -53,23 +57,9 @@ def read_table(
     raise_all(path, complaints)
     table = numbers.astype(float)
     table.insert(0, "image_id", ids)
-    return (table if wanted is None else table.set_index("image_id").loc[list(wanted)].reset_index()).reset_index(
-        drop=True
-    )
-
-
-def read_text(path, hint):
-    """A CSV file in UTF-8 as texts: a DataFrame with a row for each line, the header's too, "" where a line ends early."""
-    try:
-        return pd.read_csv(
-            path, header=None, dtype=str, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig"
-        )
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist; {hint}") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # no UTF-8, no rows, too many values in a line, a quote that does not end
-        raise InputError(f"{path} cannot be read as CSV in UTF-8: {' '.join(str(error).split())}") from error
+    if wanted is not None:
+        table = table.set_index("image_id").loc[list(wanted)].reset_index()
+    return table.reset_index(drop=True)
 
 
 def to_number(text):
@@ -78,44 +68,3 @@ def to_number(text):
         return float(text) if text.isascii() and "_" not in text else np.nan  # float("1_0") is 10
     except ValueError:
         return np.nan
-
-
-def one_hot(values):
-    """A rule of read_table: each row of float (n, k) is one 1 and else 0."""
-    good = np.isin(values, (0, 1)).all(1) & (values.sum(1) == 1)
-    return np.where(good, "", f"is not one 1 and {values.shape[1] - 1} times 0")
-
-
-def distribution(values):
-    """A rule of read_table: each row of float (n, k) is a probability distribution.
-
-    A sum may differ from 1 by what rounding each value to its digits makes of it: with two digits 0.005 a value.
-    """
-    digits = np.select([(values.round(digits) == values).all(1) for digits in (2, 3)], [2, 3], 4)
-    allowed = np.maximum(1e-3, values.shape[1] * 0.5 * 10.0**-digits) + 1e-9
-    sums = values.sum(1)
-    texts = [f"is no probability distribution: it sums to {total:.4g}" for total in sums]
-    texts = np.where(np.abs(sums - 1) <= allowed, "", texts)
-    outside = (values < 0).any(1) | (values > 1).any(1)
-    return np.where(outside, "is no probability distribution: it holds a value outside 0…1", texts)
-
-
-def read_test_ids(data_dir, classes):
-    """The image_ids to predict, Series of str, in the row order of sample_submission.csv.
-
-    Raises InputError unless test.csv has just the same ids.
-    """
-    image_ids = read_table(Path(data_dir) / "sample_submission.csv", ("image_id", *classes))["image_id"]
-    read_table(Path(data_dir) / "test.csv", ("image_id",), wanted=image_ids)
-    return image_ids
-
-
-def note_no_distributions(path, values):
-    """Say how many rows of `values`, float (n, k), are no probability distribution, if any are."""
-    problems = [text for text in distribution(values) if text]
-    if problems:
-        say(
-            f"note: {path}: {len(problems)} of {len(values)} rows are no probability distributions (the first of them "
-            f"{problems[0].split(': ')[1]}); blended all the same: an AUC asks for the order only, but where scales "
-            "differ the larger one decides"
-        )

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from utils import CLASSES, make_training_parser, split_folds
 
+ALONE = SimpleNamespace(global_rank=0, world_size=1, strategy=SimpleNamespace(root_device=torch.device("cpu")))
 RARE = CLASSES.index("multiple_diseases")
 
 # ---------------------------------------------------------------------------------------------- what they share
@@ -59,6 +60,9 @@ def distributions(n, seed):
 
 class Seen(torch.nn.Module):
     """A network that keeps what it was given and answers with logits that depend on its own weights alone."""
+
+    def probabilities(self, logits):
+        return logits.softmax(1)
 
     def __init__(self, n):
         super().__init__()
@@ -109,7 +113,7 @@ def soft_labels_by_row():
     args, data = read_data(labels, "--soft_labels_filename", "soft_labels.csv", "--soft_share", "0.5")
     own = total = 0
     for fold in range(5):
-        training, validation = train.make_loaders(args, fold, data, 0, 1, False)
+        training, validation = train.make_loaders(args, fold, data, ALONE)
         rows = np.flatnonzero(data.folds != fold)
         mixed = training.dataset.labels[rows]
         soft = np.rint((2 * mixed - np.eye(4)[labels[rows]])[:, 0] * 2000).astype(int)
@@ -118,7 +122,7 @@ def soft_labels_by_row():
         assert (validation.dataset.labels == np.eye(4)[labels]).all()
     assert (own, total) == (11, 7284)  # as it was measured of the original
     hard_args, hard = read_data(labels)  # step 1
-    assert (train.make_loaders(hard_args, 0, hard, 0, 1, False)[0].dataset.labels == np.eye(4)[labels]).all()
+    assert (train.make_loaders(hard_args, 0, hard, ALONE)[0].dataset.labels == np.eye(4)[labels]).all()
 
 
 def stratified_folds():
@@ -160,7 +164,7 @@ def pseudo_labels():
     args, data = read_data(np.arange(40) % 4, "--train_batch_size", "2", test=30)
     assert data.folds.tolist() == [*split_folds(40, 2020), *[-1] * 30]
     for fold in range(5):
-        training, validation = train.make_loaders(args, fold, data, 0, 1, False)
+        training, validation = train.make_loaders(args, fold, data, ALONE)
         trained = {row for _, _, row in training.sampler}
         assert trained == {*np.flatnonzero(data.folds[:40] != fold), *range(40, 70)}
         assert {row for _, _, row in validation.sampler} == {*np.flatnonzero(data.folds[:40] == fold)}

@@ -7,9 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import QUICK, run_script
+from conftest import QUICK, refusal, run_script
 
 from analysis.statistics import compare, measure, resample
+from compare import main, make_comparison_parser
+from harness.console import parse_args
+from harness.record import FORMAT
 from utils import CLASSES, column_aucs, mean_auc
 
 SHARES = np.array([516, 91, 622, 592]) / 1821  # of the competition's classes
@@ -33,13 +36,20 @@ def true_auc(skill, spread):
     """The mean AUC of a variant on endless photos, over seeds whose skill spreads by a normal distribution."""
     nodes, shares = np.polynomial.hermite_e.hermegauss(7 if spread else 1)
     labels, misleading = draw_photos(np.random.default_rng(1), 40_000)
-    aucs = [
-        measure(labels, simulate(np.random.default_rng(2), labels, misleading, skill + spread * node), CLASSES)[
-            "mean AUC"
-        ]
-        for node in nodes
+    skills = [skill + spread * node for node in nodes]
+    runs = [simulate(np.random.default_rng(2), labels, misleading, of_seed) for of_seed in skills]
+    return np.average([measure(labels, run, CLASSES)["mean AUC"][0] for run in runs], weights=shares)
+
+
+def experiment(number, sizes, skills, spreads, n_resamples):
+    """The Difference in mean AUC that is found between two variants of so many seeds each, on 120 photos."""
+    rng = np.random.default_rng(number)
+    labels, misleading = draw_photos(rng, 120)
+    variants = [
+        [simulate(rng, labels, misleading, skill + spread * rng.standard_normal()) for _ in range(size)]
+        for size, skill, spread in zip(sizes, skills, spreads, strict=True)
     ]
-    return np.average(aucs, axis=0, weights=shares)[0]
+    return compare(labels, variants, CLASSES, n_resamples=n_resamples, names=["mean AUC"])["mean AUC"]
 
 
 EXPERIMENTS = {  # runs of each variant, how far seeds spread, how much better the second variant is
@@ -55,31 +65,23 @@ def test_of_2000_simulated_experiments_95_in_100_intervals_hold_the_true_differe
     n_runs, spread, gain = EXPERIMENTS[case]
     skills, truth = (2.0, 2.0 + gain), true_auc(2.0 + gain, spread) - true_auc(2.0, spread)
     assert (truth > 0.01) == (gain > 0)
-    held, said = 0, 0
-    for number in range(2000):
-        rng = np.random.default_rng(number)
-        labels, misleading = draw_photos(rng, 120)
-        variants = [
-            [simulate(rng, labels, misleading, skill + spread * rng.standard_normal()) for _ in range(n_runs)]
-            for skill in skills
-        ]
-        found = compare(labels, variants, CLASSES, n_resamples=200, names=["mean AUC"])["mean AUC"]
-        held += found.low <= truth <= found.high
-        said += bool(found)
-    assert 0.93 <= held / 2000 <= 0.97
-    assert gain or said / 2000 <= 0.06  # "better" or "worse", though there is no difference
-    assert not gain or said / 2000 > 0.1  # and a difference is not always overlooked
+    found = [experiment(number, (n_runs, n_runs), skills, (spread, spread), 200) for number in range(2000)]
+    assert 0.93 <= np.mean([of.low <= truth <= of.high for of in found]) <= 0.97
+    said = np.mean([bool(of) for of in found])
+    assert gain or said <= 0.06  # "better" or "worse", though there is no difference
+    assert not gain or said > 0.1  # and a difference is not always overlooked
 
 
 def test_an_interval_over_photos_alone_would_be_wrong_where_seeds_spread():
     """The reason for several seeds: of two equal variants, single runs are often told apart."""
-    said = 0
-    for number in range(500):
-        rng = np.random.default_rng(number)
-        labels, misleading = draw_photos(rng, 120)
-        pair = [[simulate(rng, labels, misleading, 2 + 0.4 * rng.standard_normal())] for _ in range(2)]
-        said += bool(compare(labels, pair, CLASSES, n_resamples=200, names=["mean AUC"])["mean AUC"])
-    assert said / 500 > 0.15
+    assert np.mean([bool(experiment(number, (1, 1), (2, 2), (0.4, 0.4), 200)) for number in range(500)]) > 0.15
+
+
+@pytest.mark.parametrize("sizes, spreads", [((2, 5), (0.6, 0.05)), ((1, 3), (0.2, 0.2))])
+def test_other_numbers_of_seeds_are_no_licence(sizes, spreads):
+    """Welch's degrees of freedom; a side of one run is given few. 500 experiments without a difference."""
+    said = [bool(experiment(number, sizes, (2, 2), spreads, 100)) for number in range(500)]
+    assert np.mean(said) <= 0.08  # 0.06, and what chance leaves in 500
 
 
 # ---------------------------------------------------------------------------------------------- figures
@@ -116,60 +118,61 @@ def test_a_resample_counts_photos_as_if_they_were_there_so_often():
 # ---------------------------------------------------------------------------------------------- log directories
 
 
+@pytest.fixture
+def said(tmp_path, monkeypatch, capsys):
+    """A function that compares what it is given, in tmp_path, and returns what is printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def compare_them(*words):
+        main(parse_args(make_comparison_parser(), list(words)))
+        return capsys.readouterr().out
+
+    return compare_them
+
+
 def write_run(folder, seed, skill=2.2, n=400, folds=range(5), fold_seed=0, **options):
     """A log directory as train.py leaves it, of a simulated network; what compare.py does not read is left out."""
     labels, misleading = draw_photos(np.random.default_rng(0), n)
     order = np.random.default_rng(1).permutation(len(labels))
     labels, misleading = labels[order], misleading[order]
-    probabilities = simulate(np.random.default_rng(seed), labels, misleading, skill)
-    table = pd.DataFrame(probabilities, columns=list(CLASSES))
+    table = pd.DataFrame(simulate(np.random.default_rng(seed), labels, misleading, skill), columns=list(CLASSES))
     table.insert(0, "image_id", [f"Train_{i}" for i in range(len(labels))])
     table.insert(1, "fold", np.random.default_rng(fold_seed).permutation(len(labels)) % 5)
     table.insert(2, "label", np.array(CLASSES)[labels])
-    (folder / "metrics").mkdir(parents=True)
+    folder.mkdir()
     table[["image_id", "fold"]].to_csv(folder / "folds.csv", index=False)
     table[table["fold"].isin(folds)].to_csv(folder / "out_of_fold.csv", index=False)
+    record = {"format": FORMAT, "source": f"of {skill}", "environment": {}, "result": {}}
+    record["options"] = {"seed": seed, "limit": None, **options}
+    record["fingerprints"] = {"models.py": str(skill), "train.csv": "0123"}
     for fold in folds:
-        pd.DataFrame({"epoch": [0, 1], "seconds": [90, 60]}).to_csv(
-            folder / "metrics" / f"fold={fold}.csv", index=False
-        )
-    record = {
-        "format": 3,
-        "options": {"seed": seed, "limit": None, **options},
-        "fingerprints": {"models.py": str(skill)},
-    }
-    (folder / "hparams.yaml").write_text(yaml.safe_dump(record))
-    (folder / "source").mkdir()
-    (folder / "source" / "models.py").write_text(f"SKILL = {skill}\n")
+        (folder / "metrics" / f"fold={fold}").mkdir(parents=True)
+        change_record(folder, fold, **record)
+        metrics = pd.DataFrame({"epoch": [0, 1], "seconds": [90, 60]})
+        metrics.to_csv(folder / "metrics" / f"fold={fold}.csv", index=False)
     return folder
 
 
-def compare_them(cwd, *arguments, check=True, **options):
-    return run_script("compare.py", *arguments, cwd=cwd, check=check, **options)
-
-
-def refused(cwd, *arguments):
-    """What is said when compare.py refuses: one line."""
-    done = compare_them(cwd, *arguments, check=False)
-    assert done.returncode == 1 and not done.stdout
-    (said,) = done.stderr.splitlines()
-    assert said.startswith("error: ")
-    return said
+def change_record(folder, fold, **parts):
+    """Write or change some parts of the record of a fold."""
+    path = folder / "metrics" / f"fold={fold}" / "hparams.yaml"
+    path.write_text(yaml.safe_dump((yaml.safe_load(path.read_text()) if path.exists() else {}) | parts))
 
 
 def test_two_seeds_of_one_variant_are_not_told_apart_and_a_real_difference_is(tmp_path):
     write_run(tmp_path / "logs", 1)
     write_run(tmp_path / "again", 2)
     write_run(tmp_path / "better", 3, skill=3.2, learning_rate=3e-4)
-    done = compare_them(tmp_path, "logs", "again", "better", "--csv", "out.csv", cold=True)
+    done = run_script("compare.py", "logs", "again", "better", "--csv", "out.csv", cwd=tmp_path, cold=True)
+    verdicts = done.stdout.splitlines()[:2]  # before anything else
+    assert verdicts[0].startswith("verdict: again cannot be told apart from logs in mean AUC (")
+    assert verdicts[1].startswith("verdict: better is better than logs in mean AUC (+")
+    assert all("about these two runs: another --seed can turn it round" in text for text in verdicts)
     first, second = done.stdout.split("\nagain against logs\n")[1].split("\nbetter against logs\n")
-    assert "verdict: again cannot be told apart from logs in mean AUC (" in first
-    assert "verdict: better is better than logs in mean AUC (+" in second
-    for text in (first, second):
-        assert "about these two runs: another --seed can turn it round" in text
-    assert "seed was 1, is 2\n" in first and "SKILL" not in first
-    assert "learning_rate was None, is 0.0003" in second and "-SKILL = 2.2" in second and "+SKILL = 3.2" in second
-    assert "400 photos that all have, of 400" in done.stdout
+    assert first.startswith("seed was 1, is 2\n")
+    assert "learning_rate was None, is 0.0003" in second
+    assert "models.py: changed (diff -r logs/source/of 2.2 better/source/of 3.2)\n" in second
+    assert "400 photos that all have, of 400" in done.stdout and "note: " not in done.stdout
     assert re.search(r"^minutes of training +12.5 +12.5 +12.5$", done.stdout, re.M)
     table = pd.read_csv(tmp_path / "out.csv")
     of_logs = pd.read_csv(tmp_path / "logs" / "out_of_fold.csv")
@@ -189,58 +192,83 @@ def test_two_seeds_of_one_variant_are_not_told_apart_and_a_real_difference_is(tm
     assert [text[:2] for text in folds] == ["0:", "1:", "2:", "3:", "4:"] and len(set(folds)) == 5
 
 
-def test_several_seeds_are_a_verdict_on_the_variant(tmp_path):
+def test_several_seeds_are_a_verdict_on_the_variant(tmp_path, said):
     for seed in (1, 2, 3):
         write_run(tmp_path / f"a{seed}", seed)
         write_run(tmp_path / f"b{seed}", 10 + seed, skill=2.8)
-    done = compare_them(tmp_path, "b1", "b2", "b3", "--against", "a1", "a2", "a3")
-    assert "b1, b2, b3 against a1, a2, a3" in done.stdout
-    assert "verdict: b1, b2, b3 are better than a1, a2, a3 in mean AUC (+" in done.stdout
-    assert "chance in the photos and the seeds)" in done.stdout and "two runs" not in done.stdout
-    assert "note: " not in done.stdout
+    text = said("b1", "b2", "b3", "--against", "a1", "a2", "a3")
+    assert text.startswith("verdict: b1, b2, b3 are better than a1, a2, a3 in mean AUC (+")
+    assert "b1, b2, b3 against a1, a2, a3\nseed was 1, is 11; " in text
+    assert "chance in the photos and the seeds)" in text and "two runs" not in text and "note: " not in text
     shutil.rmtree(tmp_path / "b2")
     write_run(tmp_path / "b2", 12, skill=2.8, max_epochs=3)
-    done = compare_them(tmp_path, "b1", "b2", "b3", "--against", "a1")
-    assert "One side is a single run; it is taken to vary as the other does." in done.stdout
-    assert "note: b2 differs from b1, though a run of the same variant: max_epochs was None, is 3" in done.stdout
+    text = said("b1", "b2", "b3", "--against", "a1")
+    assert "One side is a single run; it is taken to vary as the other does." in text
+    assert "note: b2 differs from b1, though a run of the same variant: max_epochs was None, is 3" in text
     shutil.copytree(tmp_path / "a1", tmp_path / "copy")
-    assert "a1 and copy hold the same predictions" in refused(tmp_path, "b1", "b2", "--against", "a1", "copy")
+    assert "a1 and copy hold the same predictions" in refusal(said, "b1", "b2", "--against", "a1", "copy")
 
 
-def test_only_the_photos_that_all_have_are_compared_and_other_folds_are_said(tmp_path):
+def test_what_differs_is_read_of_each_fold_in_either_order(tmp_path, said):
+    """A fold that was kept in spite of a change was not trained with what the last start has recorded."""
+    write_run(tmp_path / "logs", 1)
+    mixed = write_run(tmp_path / "mixed", 1)
+    (mixed / "hparams.yaml").write_bytes((mixed / "metrics" / "fold=0" / "hparams.yaml").read_bytes())
+    for fold in (3, 4):
+        change_record(mixed, fold, options={"seed": 1, "limit": None, "mixup": 0.4})
+    text = said("logs", "mixed")
+    nothing = "fold 0 1 2: nothing differs in options, inputs and source files; "
+    assert f"mixed against logs\n{nothing}fold 3 4: mixup was None, is 0.4\n" in text
+    for fold in (3, 4):
+        assert f"note: in mixed fold {fold} was trained differently from fold 0: mixup was None, is 0.4\n" in text
+    assert "note: in logs" not in text
+    assert f"logs against mixed\n{nothing}fold 3 4: mixup was 0.4, is None\n" in said("mixed", "logs")
+    write_run(tmp_path / "part", 2, folds=[3], mixup=0.4)  # of the folds that both have nothing else differs
+    assert "part against mixed\nseed was 1, is 2\n" in said("mixed", "part")
+    # while a fold is trained anew, its record is no longer of the predictions that are there
+    record = yaml.safe_load((mixed / "metrics" / "fold=4" / "hparams.yaml").read_text())
+    record.pop("result")
+    (mixed / "metrics" / "fold=4" / "hparams.yaml").write_text(yaml.safe_dump(record))
+    assert "mixed/metrics/ lacks the record of a finished fold: what differs in its train" in said("logs", "mixed")
+
+
+def test_only_the_photos_that_all_have_are_compared_and_other_folds_are_said(tmp_path, said):
     write_run(tmp_path / "logs", 1)
     write_run(tmp_path / "quick", 2, folds=[0])
-    done = compare_them(tmp_path, "logs", "quick")
-    assert "80 photos that all have, of 400" in done.stdout and "mean AUC by fold: 0: " in done.stdout
+    text = said("logs", "quick")
+    assert "80 photos that all have, of 400" in text and "mean AUC by fold: 0: " in text
     write_run(tmp_path / "stratified", 3, fold_seed=9)
-    done = compare_them(tmp_path, "logs", "stratified")
-    assert re.search(r"the folds are not the same \(\d+ photos are in another one\)", done.stdout)
-    assert "by fold:" not in done.stdout
+    text = said("logs", "stratified")
+    assert re.search(r"the folds are not the same \(\d+ photos are in another one\)", text)
+    assert "by fold:" not in text
     write_run(tmp_path / "late", 4, folds=[3])
-    assert "no photo has been predicted by all of them (quick: fold 0; late: fold 3)" in refused(
-        tmp_path, "quick", "late"
-    )
+    expected = "no photo has been predicted by all of them (quick: fold 0; late: fold 3)"
+    assert expected in refusal(said, "quick", "late")
 
 
 @pytest.mark.parametrize("labels, word", [("pseudo labels", "pseudo-labels"), ("soft labels", "weakly")])
-def test_flattered_figures_are_called_so(tmp_path, labels, word):
+def test_flattered_figures_are_called_so(tmp_path, said, labels, word):
     write_run(tmp_path / "logs", 1)
     write_run(tmp_path / "distilled", 2)
-    path = tmp_path / "distilled" / "hparams.yaml"
-    record = yaml.safe_load(path.read_text())
-    record["fingerprints"][labels] = "0123"
-    path.write_text(yaml.safe_dump(record))
-    said = compare_them(tmp_path, "logs", "distilled").stdout
-    assert re.search(f"note: the figures of distilled are too good: .*{word}", said) and f"{labels}: changed" in said
-    assert "figures of logs are too good" not in said
+    change_record(tmp_path / "distilled", 0, fingerprints={"models.py": "2.2", "train.csv": "0123", labels: "4567"})
+    text = said("logs", "distilled")
+    assert re.search(f"note: the figures of distilled are too good: .*{word}", text) and f"{labels}: changed" in text
+    assert "figures of logs are too good" not in text
+
+
+def rename(folder, old, new):
+    path = folder / "out_of_fold.csv"
+    path.write_text(path.read_text().replace(f"{old},", f"{new},").replace(f"{old}\n", f"{new}\n"))
+
+
+def relabel(folder):
+    table = pd.read_csv(folder / "out_of_fold.csv")
+    table.loc[0, "label"] = "scab" if table["label"][0] != "scab" else "rust"
+    table.to_csv(folder / "out_of_fold.csv", index=False)
 
 
 REFUSED = {  # what is compared with logs: how it is made, what is said
     "a folder that is not there": (lambda folder: None, "other does not exist"),
-    "a source that is no Python": (
-        lambda folder: write_run(folder, 2).joinpath("source", "models.py").write_text('"""'),
-        "other/source is damaged",
-    ),
     "a training without a finished fold": (lambda folder: folder.mkdir(), "other/out_of_fold.csv is missing: train.py"),
     "other photos": (
         lambda folder: write_run(folder, 2, n=300),
@@ -255,7 +283,7 @@ REFUSED = {  # what is compared with logs: how it is made, what is said
         "has the columns image_id,fold,label,.*: other classes",
     ),
     "no labels": (lambda folder: rename(write_run(folder, 2), "label", "x"), "has the columns image_id,fold,x,healthy"),
-    "a word for a number": (
+    "an id twice": (
         lambda folder: rename(write_run(folder, 2), "Train_7", "Train_8"),
         "is damaged: not what train",
     ),
@@ -263,160 +291,116 @@ REFUSED = {  # what is compared with logs: how it is made, what is said
         lambda folder: write_run(folder, 2).joinpath("out_of_fold.csv").write_text(""),
         "other/out_of_fold.csv is damaged",
     ),
+    "a damaged record": (
+        lambda folder: (write_run(folder, 2) / "metrics" / "fold=1" / "hparams.yaml").write_text("{"),
+        "other/metrics/fold=1/hparams.yaml is damaged",
+    ),
     "the same folder": (lambda folder: folder.symlink_to("logs"), "named twice"),
 }
 
 
-def relabel(folder):
-    path = folder / "out_of_fold.csv"
-    table = pd.read_csv(path)
-    table.loc[0, "label"] = "scab" if table["label"][0] != "scab" else "rust"
-    table.to_csv(path, index=False)
-
-
-def rename(folder, old, new):
-    path = folder / "out_of_fold.csv"
-    path.write_text(path.read_text().replace(f"{old},", f"{new},").replace(f"{old}\n", f"{new}\n"))
-
-
 @pytest.mark.parametrize("fault", REFUSED)
-def test_what_cannot_be_compared_is_refused(tmp_path, fault):
+def test_what_cannot_be_compared_is_refused(tmp_path, said, fault):
     write_run(tmp_path / "logs", 1)
-    make, said = REFUSED[fault]
+    make, expected = REFUSED[fault]
     make(tmp_path / "other")
-    assert re.search(said, refused(tmp_path, "logs", "other"))
+    assert re.search(expected, refusal(said, "logs", "other"))
 
 
-def test_one_log_directory_or_a_mixture_is_refused(tmp_path):
-    write_run(tmp_path / "logs", 1)
-    (tmp_path / "a.csv").write_text("image_id,healthy,multiple_diseases,rust,scab\nTest_0,1,0,0,0\n")
-    assert "name two log directories or more" in refused(tmp_path, "logs")
-    assert "a.csv is a file, others are not" in refused(tmp_path, "logs", "--against", "a.csv")
-    assert "submissions are compared in pairs" in refused(tmp_path, "a.csv", "a.csv")
-
-
-def test_a_csv_never_takes_the_place_of_what_is_compared(tmp_path):
+def test_one_log_directory_or_a_mixture_is_refused_and_a_csv_never_takes_the_place_of_what_is_compared(tmp_path, said):
     write_run(tmp_path / "logs", 1)
     write_run(tmp_path / "other", 2)
-    before = (tmp_path / "logs" / "out_of_fold.csv").read_bytes()
-    assert "name another file" in refused(tmp_path, "logs", "other", "--csv", "logs/out_of_fold.csv")
-    assert "name another file" in refused(tmp_path, "logs", "other", "--csv", "other/new.csv")
-    assert "cannot write logs: it is a folder" in refused(tmp_path, "logs", "other", "--csv", "logs")
-    assert (tmp_path / "logs" / "out_of_fold.csv").read_bytes() == before
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_text("image_id,healthy,multiple_diseases,rust,scab\nTest_0,1,0,0,0\n")
-    assert "name another file" in refused(tmp_path, "a.csv", "--against", "b.csv", "--csv", "b.csv")
-    assert "typo.csv does not exist" in refused(tmp_path, "a.csv", "--against", "typo.csv")
+    before = (tmp_path / "logs" / "out_of_fold.csv").read_bytes()
+    for words, expected in {
+        "logs": "name two log directories or more",
+        "logs --against a.csv": "a.csv is a file, others are not",
+        "a.csv b.csv": "submissions are compared in pairs",
+        "a.csv --against typo.csv": "typo.csv does not exist",
+        "logs other --csv logs/out_of_fold.csv": "name another file",
+        "logs other --csv other/new.csv": "name another file",
+        "logs other --csv logs": "cannot write logs: it is a folder",
+        "a.csv --against b.csv --csv b.csv": "name another file",
+    }.items():
+        assert expected in refusal(said, *words.split())
+    assert (tmp_path / "logs" / "out_of_fold.csv").read_bytes() == before
 
 
-def test_a_difference_is_not_claimed_where_nothing_can_be_known(tmp_path):
-    """A class of which all have one photo only; the very same predictions."""
-    for number, name in enumerate(("logs", "other")):
-        write_run(tmp_path / name, number + 1, skill=1 + 3 * number)
-        path = tmp_path / name / "out_of_fold.csv"
-        table = pd.read_csv(path)
-        rare = table[table["label"] == "multiple_diseases"].index[1:]
-        table.drop(index=rare).to_csv(path, index=False)
-    said = compare_them(tmp_path, "logs", "other").stdout
-    assert "other cannot be told apart from logs: of a class there is only one photo that all have" in said
-    assert re.search(r"^mean AUC +\+0\.\d+ +unknown +unknown$", said, re.M)
-    write_run(tmp_path / "full", 3)
-    shutil.copytree(tmp_path / "full", tmp_path / "twin")
-    assert "verdict: twin and full hold the same predictions" in compare_them(tmp_path, "full", "twin").stdout
+def thin_out(folder, n):
+    """Keep the first n photos of each class only."""
+    table = pd.read_csv(folder / "out_of_fold.csv")
+    table.groupby("label").head(n).to_csv(folder / "out_of_fold.csv", index=False)
 
 
-def test_what_differs_is_told_in_either_order(tmp_path):
-    write_run(tmp_path / "logs", 1)
-    write_run(tmp_path / "other", 2, mixup=0.4)
-    assert "mixup was None, is 0.4" in compare_them(tmp_path, "logs", "other").stdout
-    assert "mixup was 0.4, is None" in compare_them(tmp_path, "other", "logs").stdout
+def test_a_difference_is_not_claimed_where_nothing_can_be_known(tmp_path, said):
+    """One photo of a class; a few photos; the very same predictions; one seed against two."""
+    for number, name in enumerate(("logs", "other", "third")):
+        thin_out(write_run(tmp_path / name, number + 1, skill=1 + number), 1)
+    shutil.copytree(tmp_path / "logs", tmp_path / "copy")
+    text = said("logs", "other")
+    assert text.startswith("verdict: other cannot be told apart from logs: of a class there is only one photo that")
+    assert re.search(r"^mean AUC +[+-]\d\.\d+ +unknown +unknown$", text, re.M)
+    assert said("logs", "copy").startswith("verdict: copy and logs hold the same predictions\n")
+    for number, name in enumerate(("few", "few_2", "few_3")):
+        thin_out(write_run(tmp_path / name, number + 1, skill=1 + number), 3)
+    text = said("few_3", "--against", "few", "few_2")
+    assert "verdict: few_3 cannot be told apart from few, few_2: there are too few photos or seeds\n" in text
+    for paths in (("few", "few_2"), ("few_3", "--against", "few", "few_2"), ("few", "few_2", "--against", "few_3")):
+        said(*paths, "--csv", "out.csv")
+        table = pd.read_csv("out.csv").dropna(subset="against").set_index("figure")[["low", "high"]]
+        for figure, limit in {"mean AUC": 1, **dict.fromkeys(CLASSES, 1), "wrong photos": 12}.items():
+            bounds = table.loc[figure].abs()
+            assert (bounds <= limit).all() or np.isinf(bounds).all()
 
 
-def test_minutes_are_those_of_the_folds_that_are_compared(tmp_path):
-    write_run(tmp_path / "logs", 1)
-    write_run(tmp_path / "quick", 2, folds=[0])
-    (tmp_path / "quick" / "folds.csv").unlink()
-    assert re.search(r"^minutes of training +2.5 +2.5$", compare_them(tmp_path, "logs", "quick").stdout, re.M)
-    (tmp_path / "logs" / "metrics" / "fold=0.csv").write_text("epoch,seconds\n0,abc\n")
-    assert re.search(r"^minutes of training +- +2.5$", compare_them(tmp_path, "logs", "quick").stdout, re.M)
-
-
-@pytest.mark.parametrize("sizes, spreads", [((2, 5), (0.6, 0.05)), ((1, 3), (0.2, 0.2))])
-def test_other_numbers_of_seeds_are_no_licence(sizes, spreads):
-    """Welch's degrees of freedom; a side of one run is given few. 500 experiments without a difference."""
-    said = 0
-    for number in range(500):
-        rng = np.random.default_rng(number)
-        labels, misleading = draw_photos(rng, 120)
-        variants = [
-            [simulate(rng, labels, misleading, 2 + spread * rng.standard_normal()) for _ in range(size)]
-            for size, spread in zip(sizes, spreads, strict=True)
-        ]
-        said += bool(compare(labels, variants, CLASSES, n_resamples=100, names=["mean AUC"])["mean AUC"])
-    assert said / 500 <= 0.08  # 0.06, and what chance leaves in 500
-
-
-def test_a_log_directory_of_which_only_the_tables_were_kept_can_be_compared(tmp_path):
+def test_a_log_directory_of_which_only_the_tables_were_kept_can_be_compared(tmp_path, said):
     write_run(tmp_path / "logs", 1)
     write_run(tmp_path / "kept", 2)
-    for name in ("hparams.yaml", "folds.csv", "source/models.py", *(f"metrics/fold={k}.csv" for k in range(5))):
-        (tmp_path / "kept" / name).unlink()
-    done = compare_them(tmp_path, "logs", "kept")
-    assert "kept/hparams.yaml is missing: what differs in options and source files is unknown" in done.stdout
-    assert re.search(r"^minutes of training +12.5 +-$", done.stdout, re.M)
+    shutil.rmtree(tmp_path / "kept" / "metrics")
+    (tmp_path / "kept" / "folds.csv").unlink()
+    text = said("logs", "kept")
+    assert "kept/metrics/ lacks the record of a finished fold: what differs in its training is unknown" in text
+    assert re.search(r"^minutes of training +12.5 +-$", text, re.M)
+    write_run(tmp_path / "quick", 2, folds=[0])
+    assert re.search(r"^minutes of training +2.5 +2.5$", said("logs", "quick"), re.M)  # of the folds that are compared
 
 
-def test_what_train_py_leaves_is_compared(sample, tmp_path):
+def test_what_train_py_leaves_is_compared(two_folds, sample, tmp_path, said):
     """Two real trainings: other seeds, the same folds; the figure is the one that train.py has said."""
-    for seed in (1, 2):
-        options = ["--folds", 0, 1, "--seed", seed, "--fold_seed", 7, "--log_dir", f"logs_{seed}"]
-        done = run_script("train.py", "--data_dir", sample, *QUICK, *options, cwd=tmp_path)
-        auc = re.search(r"out-of-fold AUC of 17 photos: (0\.\d+)", done.stdout).group(1)
-    said = compare_them(tmp_path, "logs_1", "logs_2").stdout
-    assert "17 photos that all have, of 41" in said and "seed was 1, is 2\n" in said and "cannot be told apart" in said
-    found = re.search(r"^mean AUC +(0\.\d+) +(0\.\d+)$", said, re.M).groups()
-    assert float(found[1]) == pytest.approx(float(auc), abs=5e-5) and "mean AUC by fold: 0: " in said
+    options = ["--folds", 0, 1, "--seed", 1, "--fold_seed", 2020, "--log_dir", tmp_path / "logs"]
+    done = run_script("train.py", "--data_dir", sample, *QUICK, *options, cwd=tmp_path)
+    auc = re.search(r"out-of-fold AUC of 17 photos: (0\.\d+)", done.stdout).group(1)
+    text = said(str(two_folds / "logs"), "logs")
+    assert "17 photos that all have, of 41" in text and "seed was 2020, is 1\n" in text
+    assert "cannot be told apart" in text and "note: " not in text
+    found = re.search(r"^mean AUC +(0\.\d+) +(0\.\d+)$", text, re.M).groups()
+    assert float(found[1]) == pytest.approx(float(auc), abs=5e-5) and "mean AUC by fold: 0: " in text
 
 
 # ---------------------------------------------------------------------------------------------- submissions
 
 
-def test_submissions_are_compared_by_ranks_and_decisions(tmp_path):
+def test_submissions_are_compared_by_ranks_and_decisions(tmp_path, said):
     rng = np.random.default_rng(0)
     labels, misleading = draw_photos(rng, 300)
-    ids = [f"Test_{i}" for i in range(len(labels))]
-    tables = {}
-    for name in ("ours.csv", "theirs.csv"):
-        tables[name] = pd.DataFrame(simulate(rng, labels, misleading, 2), ids, list(CLASSES)).rename_axis("image_id")
-        tables[name].to_csv(tmp_path / name)
-    tables["theirs.csv"].sample(frac=1, random_state=0).to_csv(tmp_path / "theirs.csv")  # in another order
-    done = compare_them(tmp_path, "ours.csv", "--against", "theirs.csv", "--csv", "out.csv")
-    ours, theirs = tables["ours.csv"], tables["theirs.csv"]
+    ids = pd.Index([f"Test_{i}" for i in range(len(labels))], name="image_id")
+    ours, theirs = (pd.DataFrame(simulate(rng, labels, misleading, 2), ids, list(CLASSES)) for _ in range(2))
+    ours.to_csv(tmp_path / "ours.csv")
+    theirs.sample(frac=1, random_state=0).to_csv(tmp_path / "theirs.csv")  # in another order
+    text = said("ours.csv", "--against", "theirs.csv", "--csv", "out.csv")
     values = pd.read_csv(tmp_path / "out.csv").set_index("figure")["value"]
     for name in CLASSES:
         assert values[f"rank correlation, {name}"] == pytest.approx(ours[name].corr(theirs[name], method="spearman"))
     assert values["photos with the same class first"] == (ours.idxmax(axis=1) == theirs.idxmax(axis=1)).sum()
-    decided = np.eye(4)[theirs.to_numpy().argmax(1)]
-    assert values["AUC of the first, if the second decides right"] == pytest.approx(mean_auc(decided, ours.to_numpy()))
-    decided = np.eye(4)[ours.to_numpy().argmax(1)]
-    assert values["AUC of the second, if the first decides right"] == pytest.approx(
-        mean_auc(decided, theirs.to_numpy())
-    )
-    assert values["largest value of the first"] == pytest.approx(ours.max().max())
-    assert values["mean of each photo's largest, of the second"] == pytest.approx(theirs.max(axis=1).mean())
+    for one, a, other, b in (("first", ours, "second", theirs), ("second", theirs, "first", ours)):
+        expected = mean_auc(np.eye(4)[b.to_numpy().argmax(1)], a.to_numpy())
+        assert values[f"AUC of the {one}, if the {other} decides right"] == pytest.approx(expected)
+        assert values[f"largest value of the {one}"] == pytest.approx(a.max().max())
+        assert values[f"mean of each photo's largest, of the {one}"] == pytest.approx(a.max(axis=1).mean())
     most = (ours - theirs).abs().sum(axis=1).sort_values(ascending=False, kind="stable").index[:10].tolist()
-    assert re.findall(r"^(Test_\d+) ", done.stdout, re.M) == most
+    assert re.findall(r"^(Test_\d+) ", text, re.M) == most
     ours.drop("Test_3").to_csv(tmp_path / "short.csv")
-    assert "has no row for Test_3" in refused(tmp_path, "ours.csv", "--against", "short.csv")
-
-
-def test_ranks_are_a_submission_too(tmp_path):
-    rng = np.random.default_rng(0)
-    labels, misleading = draw_photos(rng, 100)
-    table = pd.DataFrame(simulate(rng, labels, misleading, 2), columns=list(CLASSES))
-    table.insert(0, "image_id", [f"Test_{i}" for i in range(len(labels))])
-    table.to_csv(tmp_path / "mix.csv", index=False)
-    table[list(CLASSES)] = table[list(CLASSES)].rank(pct=True)
-    table.to_csv(tmp_path / "ranks.csv", index=False)
-    said = compare_them(tmp_path, "ranks.csv", "--against", "mix.csv").stdout
-    assert said.count("1.0000") >= 4
+    assert "has no row for Test_3" in refusal(said, "ours.csv", "--against", "short.csv")
+    ours.rank(pct=True).to_csv(tmp_path / "ranks.csv")  # ranks are a submission too
+    assert said("ranks.csv", "--against", "ours.csv").count("1.0000") >= 4

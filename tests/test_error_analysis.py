@@ -14,8 +14,10 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_script
+import yaml
+from conftest import QUICK, copy_recipe, edit, run_script, shared_folder
 
+from analysis import figures
 from analysis.heat_maps import heat_maps, overlay
 from dataset import fit_photo, load_photo
 from error_analysis import choose_examples, find_near_duplicates, find_suspects, hash_photo, tabulate
@@ -25,8 +27,9 @@ from harness.prediction import load_network
 from models import LeafNet
 from utils import CLASSES, mean_auc
 
-N_PLANTED = 6
-COMMON = ("healthy", "rust", "scab")
+COMMON = ["healthy", "rust", "scab"]
+WORST, N_VIEWS = 5, 3
+PAIRS = 7  # of near-duplicates, more than are shown
 
 
 def load_trained(folder):
@@ -34,48 +37,60 @@ def load_trained(folder):
     return load_network(folder / "logs" / checkpoint, LeafNet())
 
 
-def true_labels(data):
-    """Class name of each training photo of a rendered data set, before its wrong labels: Series by image_id."""
-    labels = pd.read_csv(data / "train.csv").set_index("image_id").idxmax(axis=1)
-    wrong = pd.read_csv(data / "wrong_labels.csv").set_index("image_id")["true_label"]
-    labels[wrong.index] = wrong
-    return labels
+def plant_mistakes(data, leaves, folds):
+    """Labels as drawn, but for six planted mistakes in fold 0; seven photos of fold 1 become mirror images of others.
 
-
-@pytest.fixture(scope="module")
-def planted(trained, tmp_path_factory):
-    """The data of `trained` with labels as drawn, but for six planted mistakes in fold 0, and two photos alike there."""
-    data = tmp_path_factory.mktemp("planted")
-    (data / "images").mkdir()
-    for photo in (trained / "leaves" / "images").iterdir():
+    Writes train.csv, wrong.csv (image_id, true_label) and twins.csv (original, twin): six of fold 1 and of the same label
+    as the original, the last pair of other folds and other labels. folds: Series by image_id.
+    """
+    (data / "images").mkdir(parents=True)
+    for photo in (leaves / "images").iterdir():
         (data / "images" / photo.name).symlink_to(photo)
-    labels = true_labels(trained / "leaves")
-    folds = pd.read_csv(trained / "logs" / "folds.csv").set_index("image_id")["fold"]
+    labels = pd.read_csv(leaves / "train.csv").set_index("image_id").idxmax(axis=1)
+    drawn = pd.read_csv(leaves / "wrong_labels.csv").set_index("image_id")["true_label"]
+    labels[drawn.index] = drawn
     rng = np.random.default_rng(3)
-    candidates = labels[(folds[labels.index] == 0) & labels.isin(COMMON)]
-    wrong = candidates.sample(N_PLANTED, random_state=rng)
-    given = labels.copy()
+    zero, one = (labels[(folds[labels.index] == fold) & labels.isin(COMMON)] for fold in (0, 1))
+    wrong = zero.sample(6, random_state=rng)
     for image_id, label in wrong.items():
-        given[image_id] = rng.choice([name for name in COMMON if name != label])
-    rest = candidates.drop(wrong.index)
-    original, twin = rest[rest == "healthy"].index[0], rest[rest == "scab"].index[0]
-    mirrored = cv2.imread(str(data / "images" / f"{original}.jpg"))[:, ::-1]
-    (data / "images" / f"{twin}.jpg").unlink()
-    cv2.imwrite(str(data / "images" / f"{twin}.jpg"), mirrored, [cv2.IMWRITE_JPEG_QUALITY, 60])
-    one_hot = pd.get_dummies(given)[list(CLASSES)].astype(int)
-    one_hot.rename_axis("image_id").reset_index().to_csv(data / "train.csv", index=False)
-    return data, wrong, (original, twin)
+        labels[image_id] = rng.choice([name for name in COMMON if name != label])
+    alike = [ids for name in COMMON for ids in zip(*[iter(one.index[one == name][1:])] * 2, strict=False)]
+    rest = zero.drop(wrong.index)
+    pairs = [*alike[: PAIRS - 1], (rest.index[rest == "healthy"][0], one.index[one == "scab"][0])]
+    for original, twin in pairs:
+        mirrored = cv2.imread(str(data / "images" / f"{original}.jpg"))[:, ::-1]
+        (data / "images" / f"{twin}.jpg").unlink()
+        cv2.imwrite(str(data / "images" / f"{twin}.jpg"), mirrored, [cv2.IMWRITE_JPEG_QUALITY, 60])
+    pd.get_dummies(labels)[list(CLASSES)].astype(int).rename_axis("image_id").to_csv(data / "train.csv")
+    wrong.rename("true_label").to_csv(data / "wrong.csv")
+    pd.DataFrame(pairs, columns=["original", "twin"]).to_csv(data / "twins.csv", index=False)
 
 
-@pytest.fixture(scope="module")
-def analysed(trained, planted, tmp_path_factory):
-    """The folder in which error_analysis.py ran on the planted data with fold 0, and what it printed."""
-    folder = tmp_path_factory.mktemp("analysed")
-    options = ["--log_dir", trained / "logs", "--data_dir", planted[0], "--cache_dir", folder / "cache"]
-    done = run_script(
-        "error_analysis.py", *options, "--folds", 0, "--worst", 5, "--num_workers", 0, cwd=folder, cold=True
-    )
-    return folder, options, done.stdout
+@pytest.fixture(scope="session")
+def analysed(trained, tmp_path_factory):
+    """A folder in which error_analysis.py ran on planted data with two folds, and stdout, what it printed.
+
+    The second fold's network is that of the first: what counts here is only which photo is in which fold.
+    """
+
+    def analyse(folder):
+        logs = shutil.copytree(trained / "logs", folder / "logs")
+        folds = pd.read_csv(logs / "folds.csv").set_index("image_id")["fold"]
+        plant_mistakes(folder / "data", trained / "leaves", folds)
+        for place in ("fold=0", "fold=0.csv"):
+            copy = shutil.copytree if (logs / "metrics" / place).is_dir() else shutil.copy
+            copy(logs / "metrics" / place, logs / "metrics" / place.replace("0", "1"))
+        path = logs / "metrics" / "fold=1" / "hparams.yaml"
+        record = yaml.safe_load(path.read_text())
+        checkpoint = record["result"]["checkpoint"]
+        record["result"] |= {"fold": 1, "checkpoint": checkpoint.replace("fold=0", "fold=1")}
+        path.write_text(yaml.safe_dump(record))
+        shutil.copy(logs / checkpoint, logs / record["result"]["checkpoint"])
+        options = ["--data_dir", "data", "--folds", 0, 1, "--worst", WORST, "--tta_draws", N_VIEWS, "--num_workers", 0]
+        done = run_script("error_analysis.py", *options, cwd=folder, cold=True)
+        (folder / "stdout").write_text(done.stdout)
+
+    return shared_folder(tmp_path_factory, "analysed", analyse)
 
 
 def read_table(folder):
@@ -86,18 +101,15 @@ def read_page(folder):
     return (folder / "error_analysis.html").read_text(encoding="utf-8")
 
 
+def section(page, name):
+    return re.search(rf'<section id="{name}">(.*?)</section>', page, re.S).group(1)
+
+
 def page_photos(page):
     return json.loads(re.search(r'<script type="application/json" id="photos">(.*?)</script>', page, re.S).group(1))
 
 
 # ---------------------------------------------------------------------------------------------- heat maps
-
-
-def spot_mask(photo, spots):
-    mask = np.zeros(photo.shape[:2], np.uint8)
-    for spot in spots.itertuples():
-        cv2.circle(mask, (round(spot.x), round(spot.y)), round(spot.radius), 1, -1)
-    return mask.astype(bool)
 
 
 def test_heat_maps_of_rust_lie_on_the_spots_that_were_drawn(trained):
@@ -108,9 +120,10 @@ def test_heat_maps_of_rust_lie_on_the_spots_that_were_drawn(trained):
         photo = decode_photo(leaves / "images" / f"{image_id}.jpg")
         # the photo's own size, twice that of training: a map of 4 x 6 places, where 2 x 3 could hardly be wrong
         heat = heat_maps(network, fit_photo(photo, (128, 192))[None], [CLASSES.index("rust")])[0]
-        heat = heat.T if photo.shape[0] > photo.shape[1] else heat
-        mask = spot_mask(photo, lesions[lesions["image_id"] == image_id])
-        gains.append(heat[mask].sum() / heat.sum() / mask.mean())
+        heat, mask = heat.T if photo.shape[0] > photo.shape[1] else heat, np.zeros(photo.shape[:2], np.uint8)
+        for spot in lesions[lesions["image_id"] == image_id].itertuples():
+            cv2.circle(mask, (round(spot.x), round(spot.y)), round(spot.radius), 1, -1)
+        gains.append(heat[mask > 0].sum() / heat.sum() / mask.mean())
     assert len(gains) > 20
     assert np.mean(gains) > 1.4  # 1 is chance
     assert np.mean(np.array(gains) > 1) > 0.75
@@ -182,16 +195,19 @@ def test_an_overlay_lies_as_the_photo_does():
 # ---------------------------------------------------------------------------------------------- suspects
 
 
-def test_the_ranking_finds_planted_wrong_labels(analysed, planted):
-    table, wrong = read_table(analysed[0]), planted[1]
+def test_the_ranking_finds_planted_wrong_labels(analysed):
+    table, wrong = (
+        read_table(analysed),
+        pd.read_csv(analysed / "data" / "wrong.csv").set_index("image_id")["true_label"],
+    )
     suspects = table[table["suspect"] != ""].assign(rank=lambda rows: rows["suspect"].astype(int)).sort_values("rank")
     assert suspects["rank"].tolist() == list(range(1, len(suspects) + 1))
-    first = suspects.head(10)
+    assert (suspects["suspected_label"] != suspects["label"]).all()
+    assert (table["suspected_label"] != "").tolist() == (table["suspect"] != "").tolist()
+    first = suspects[suspects["fold"] == 0].head(10)  # the network has not seen these
     found = first[first["image_id"].isin(wrong.index)]
     assert len(found) >= 4  # of 6; 10 of these 32 photos drawn at random would hold 2
     assert (found["suspected_label"] == wrong[found["image_id"]].to_numpy()).mean() > 0.5
-    assert (suspects["suspected_label"] != suspects["label"]).all()
-    assert (table["suspected_label"] != "").tolist() == (table["suspect"] != "").tolist()
 
 
 def test_suspects_of_good_probabilities_are_wrong_labels_only():
@@ -230,49 +246,33 @@ def test_the_nearest_pairs_come_first():
     assert find_near_duplicates(hashes) == [(0, 2), (3, 4), (0, 1), (1, 2), (2, 3)]
 
 
-def test_of_many_near_duplicates_the_nearest_are_shown_and_the_rest_is_counted(analysed, trained, tmp_path):
-    """Leaves on one grey board: nearly all pairs are alike."""
-    shutil.copytree(trained / "leaves", tmp_path / "leaves")
-    names = pd.read_csv(tmp_path / "leaves" / "train.csv")["image_id"]
-    for name in names:
-        photo = np.full((128, 192, 3), 128, np.uint8)
-        cv2.circle(photo, (96, 64), 40, (40, 160, 60), -1)
-        cv2.imwrite(str(tmp_path / "leaves" / "images" / f"{name}.jpg"), photo)
-    options = ["--data_dir", tmp_path / "leaves", "--log_dir", trained / "logs", "--cache_dir", tmp_path / "cache"]
-    done = run_script("error_analysis.py", *options, "--folds", 0, "--num_workers", 0, "--worst", 3, cwd=tmp_path)
-    page = (tmp_path / "error_analysis.html").read_text()
-    n = int(re.search(r"(\d+) pairs of near-duplicates \((\d+) of contradicting", done.stdout).group(2))
-    section = re.search(r'<section id="duplicates">(.*?)</section>', page, re.S).group(1)
-    assert n > 100 and section.count("<li") == 3 and f"{n - 3} more are in" in section
-    twins = pd.read_csv(tmp_path / "error_analysis.csv", keep_default_na=False)["near_duplicates"]
-    assert all(set(text.split("/")) < set(names) for text in twins)
-
-
-def test_contradicting_near_duplicates_are_listed(analysed, planted):
-    folder, _, printed = analysed
-    original, twin = planted[2]
-    table = read_table(folder).set_index("image_id")
-    assert table.loc[original, "near_duplicates"] == twin and table.loc[twin, "near_duplicates"] == original
-    assert (table["near_duplicates"] != "").sum() == 2
-    assert "1 pairs of near-duplicates (1 of contradicting labels, 0 in different folds)" in printed
-    section = re.search(r'<section id="duplicates">(.*?)</section>', read_page(folder), re.S).group(1)
-    assert original in section and twin in section and "Contradicting labels: 1" in section
+def test_near_duplicates_are_listed_where_their_labels_contradict_or_their_folds_differ(analysed):
+    table, twins = read_table(analysed).set_index("image_id"), pd.read_csv(analysed / "data" / "twins.csv")
+    for original, twin in twins.itertuples(index=False):
+        assert table.loc[original, "near_duplicates"] == twin and table.loc[twin, "near_duplicates"] == original
+    assert (table["near_duplicates"] != "").sum() == 2 * PAIRS
+    printed, page = (analysed / "stdout").read_text(), read_page(analysed)
+    assert f"{PAIRS} pairs of near-duplicates (1 of contradicting labels, 1 in different folds)" in printed
+    duplicates = section(page, "duplicates")
+    assert "Contradicting labels: 1" in duplicates and "In different folds: 1" in duplicates
+    assert all(name in duplicates for name in twins.iloc[-1])
+    folds = pd.read_csv(analysed / "logs" / "folds.csv").set_index("image_id")["fold"]
+    assert table["fold"].to_dict() == folds[folds <= 1].to_dict()
 
 
 # ---------------------------------------------------------------------------------------------- the table and the page
 
 
-def test_the_table_holds_what_the_network_makes_of_photos_it_has_not_seen(analysed, trained, planted):
-    table = read_table(analysed[0])
-    folds = pd.read_csv(trained / "logs" / "folds.csv")
-    given = pd.read_csv(planted[0] / "train.csv")
-    given = given[folds["fold"] == 0]
-    assert table["image_id"].tolist() == given["image_id"].tolist() and (table["fold"] == 0).all()
+def test_the_table_holds_the_predictions_for_photos_that_the_network_has_not_seen(analysed, trained):
+    table, given = read_table(analysed), pd.read_csv(analysed / "data" / "train.csv")
+    folds = pd.read_csv(analysed / "logs" / "folds.csv")["fold"]
+    given = given[folds <= 1]
+    assert table["image_id"].tolist() == given["image_id"].tolist()
     assert table["label"].tolist() == given[list(CLASSES)].idxmax(axis=1).tolist()
     probabilities = table[list(CLASSES)].to_numpy()
-    images = np.stack([load_photo(planted[0] / "images" / f"{name}.jpg", (64, 96)) for name in table["image_id"]])
+    images = [load_photo(analysed / "data" / "images" / f"{name}.jpg", (64, 96)) for name in table["image_id"]]
     with torch.no_grad():
-        expected = load_trained(trained)(torch.from_numpy(images)).softmax(1).numpy()
+        expected = load_trained(trained)(torch.from_numpy(np.stack(images))).softmax(1).numpy()
     np.testing.assert_allclose(probabilities, expected, atol=2e-5)
     assert table["predicted"].tolist() == np.array(CLASSES)[expected.argmax(1)].tolist()
     assert table["wrong"].tolist() == (table["predicted"] != table["label"]).tolist()
@@ -281,20 +281,27 @@ def test_the_table_holds_what_the_network_makes_of_photos_it_has_not_seen(analys
 
 
 def test_the_numbers_of_the_page_are_those_of_the_csv(analysed):
-    folder, _, printed = analysed
-    page, table = read_page(folder), read_table(folder)
+    page, table = read_page(analysed), read_table(analysed)
     photos = page_photos(page)
     for name in ("image_id", "fold", "label", "predicted", "wrong", "loss", *CLASSES, "suspected_label"):
         assert [photo[name] for photo in photos] == table[name].tolist()
     assert ["" if photo["suspect"] is None else str(photo["suspect"]) for photo in photos] == table["suspect"].tolist()
     auc = mean_auc(pd.get_dummies(table["label"])[list(CLASSES)], table[list(CLASSES)])
     shown = dict(re.findall(r'<dd id="([\w-]+)">([\d.]+)</dd>', page))
-    assert float(shown["auc"]) == pytest.approx(auc, abs=2e-4) and f"AUC {shown['auc']}" in printed
+    assert float(shown["auc"]) == pytest.approx(auc, abs=2e-4)
+    assert f"AUC {shown['auc']}" in (analysed / "stdout").read_text()
     assert int(shown["n-wrong"]) == table["wrong"].sum() and int(shown["n-suspect"]) == (table["suspect"] != "").sum()
+    for name, of_class in re.findall(r"<dt>AUC, (.*?)</dt><dd>([\d.]+)</dd>", page):  # the legend has the same digits
+        assert f">{name}: {of_class}</text>" in page
+    counts = pd.crosstab(table["label"], table["predicted"]).reindex(index=CLASSES, columns=CLASSES, fill_value=0)
+    assert re.findall(r"<td style=[^>]*>(\d+)<br>", page) == [str(n) for n in counts.to_numpy().ravel()]
+    # and nobody is told that errors on new leaves are not more
+    assert "On new leaves expect somewhat more errors" in page
+    assert "best on these same photos, and 1 pair of near-duplicates is in different folds" in page
 
 
 def test_the_page_has_every_picture_and_needs_no_network(analysed):
-    page, table = read_page(analysed[0]), read_table(analysed[0])
+    page, table = read_page(analysed), read_table(analysed)
     pictures, links = [], []
 
     class Collector(HTMLParser):
@@ -304,18 +311,18 @@ def test_the_page_has_every_picture_and_needs_no_network(analysed):
             links.extend(attributes[name] for name in ("href", "xlink:href") if name in attributes and tag != "use")
 
     Collector().feed(page)
-    n_worst = min(5, table["wrong"].sum())
+    n_worst = min(WORST, table["wrong"].sum())
     n_confident = table[~table["wrong"]].groupby("label").size().clip(upper=2).sum()
-    n_suspects = min(5, (table["suspect"] != "").sum())
-    # with two heat maps or one; a pair of near-duplicates; all augmentations, three times together; eight views
-    assert len(pictures) == 3 * n_worst + 2 * n_confident + n_suspects + 2 + (1 + 8 + 3) + (1 + 8)
-    assert n_worst == 5 and page.count('class="card" id="heat-') == n_worst + n_confident
+    n_suspects = min(WORST, (table["suspect"] != "").sum())
+    # two heat maps or one; a pair of near-duplicates, twice; all augmentations, three times together; the views
+    assert len(pictures) == 3 * n_worst + 2 * n_confident + n_suspects + 2 * 2 + (1 + 8 + 3) + (1 + N_VIEWS)
+    assert n_worst == WORST and page.count('class="card" id="heat-') == n_worst + n_confident
     pictures += [photo["thumbnail"] for photo in page_photos(page)]
     assert all(address.startswith("data:image/jpeg;base64,") for address in pictures)
-    assert "#all" in links and all(address.startswith(("#", "data:")) for address in links)
+    assert {"#all", "#top"} <= set(links) and all(address.startswith(("#", "data:")) for address in links)
     assert not re.search(r"@import|url\((?!#)|fetch\(|import\(|XMLHttpRequest|WebSocket", page)
-    assert page.count("<svg") == 6  # ROC, confusion, reliability, loss, AUC, learning rate
-    assert "affine" in page and page.count("<figcaption>view ") == 8
+    assert page.count("<svg") == 5  # ROC, reliability, loss, AUC, learning rate
+    assert "affine" in page and page.count("<figcaption>view ") == N_VIEWS and f"{N_VIEWS} views" in page
 
 
 def test_examples_are_the_worst_errors_and_the_surest_successes():
@@ -326,50 +333,61 @@ def test_examples_are_the_worst_errors_and_the_surest_successes():
         columns=list(CLASSES),
     )
     table = tabulate(train, np.zeros(5, int), probabilities.assign(image_id=list("abcde")))
-    worst, confident = choose_examples(table, 2)
-    assert worst == [3, 2]
-    assert confident == {"healthy": [0, 1], "multiple_diseases": [], "rust": [], "scab": []}
+    assert choose_examples(table, 2) == ([3, 2], [0, 1])
 
 
-# ---------------------------------------------------------------------------------------------- options and errors
+# ---------------------------------------------------------------------------------------------- other data
+
+OTHER = ("rust & <scab>", "$x$_y", "叶斑", "absent", "mildew", "ok")
 
 
-@pytest.fixture(scope="module")
-def two_folds(trained, planted, tmp_path_factory):
-    """The folder in which error_analysis.py ran with two folds, the planted twin in the second, and what it printed.
+def test_other_classes_other_folds_one_epoch_and_photos_too_small_for_heat_maps(sample, tmp_path):
+    """Six classes, one of them without a photo, and two of seven folds; many near-duplicates, more than are shown."""
+    repo, data = copy_recipe(tmp_path / "repo"), tmp_path / "data"
+    edit(repo / "utils.py", f"CLASSES = {CLASSES!r}".replace("'", '"'), f"CLASSES = {OTHER!r}")
+    edit(repo / "utils.py", "N_FOLDS = 5", "N_FOLDS = 7")
+    names, rng = pd.read_csv(sample / "train.csv")["image_id"], np.random.default_rng(0)
+    (data / "images").mkdir(parents=True)
+    for name in names:  # leaves on one grey board: all pairs are alike
+        photo = cv2.circle(np.full((64, 96, 3), 128, np.uint8), (48, 32), 20, (40, 160, 60), -1)
+        cv2.imwrite(str(data / "images" / f"{name}.jpg"), photo)
+    labels = pd.DataFrame(np.eye(6, dtype=int)[rng.permutation(np.arange(41) % 5 + (np.arange(41) % 5 > 2))], names)
+    labels.set_axis(list(OTHER), axis=1).to_csv(data / "train.csv")
+    options = [*QUICK, "--image_size", 32, 32, "--folds", 0, 6]
+    run_script(str(repo / "train.py"), *options, cwd=tmp_path)
+    options = ["--folds", 0, 6, "--worst", 3, "--num_workers", 0]
+    done = run_script(str(repo / "error_analysis.py"), *options, cwd=tmp_path)
+    assert "note: heat maps of 1 x 1 cells tell next to nothing" in done.stdout and "Warning" not in done.stderr
+    page, table = read_page(tmp_path), pd.read_csv(tmp_path / "error_analysis.csv")
+    assert "1 × 1 places" in page and 'class="warning"' in page
+    assert [photo[OTHER[0]] for photo in page_photos(page)] == table[OTHER[0]].tolist()
+    for k, name in enumerate(("rust &amp; &lt;scab&gt;", "$x$ y", "叶斑", "absent", "mildew", "ok")):
+        assert len(re.findall(rf"\.tag\.c{k}::before, i\.c{k} {{ background: #[0-9a-f]{{6}}; }}", page)) == 1
+        assert re.search(rf'<dt>{re.escape(name)}</dt><dd><i class="c{k}" style="width:\d', page)
+        assert f'<th scope="row">{name}</th>' in page and re.search(f">{re.escape(name)}: (0|1|not defined)", page)
+    assert page.count("<br>") == 36 and ">absent: not defined</text>" in page
+    for fold in (0, 6):
+        assert page.count(f">fold {fold}</text>") == 3 and f"<option>{fold}</option>" in page
+    n = int(re.search(r"(\d+) pairs of near-duplicates \((\d+) of contradicting", done.stdout).group(2))
+    duplicates = section(page, "duplicates")
+    assert n > 20 and duplicates.count("<li") == 6 and f"{n - 3} more are in" in duplicates
+    assert all(set(text.split("/")) < set(names) for text in table["near_duplicates"])
+    (tmp_path / "logs" / "metrics" / "fold=6.csv").unlink()
+    done = run_script(str(repo / "error_analysis.py"), *options, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "error: cannot read logs/metrics/fold=6.csv" in done.stderr.splitlines()[-1]
 
-    The second fold is made of the first one's network: what counts here is only which photo is in which fold.
-    """
-    folder = tmp_path_factory.mktemp("two_folds")
-    logs = folder / "logs"
-    shutil.copytree(trained / "logs", logs)
-    result = pd.read_csv(logs / "metrics" / "fold=0" / "result.csv")
-    checkpoint = result["checkpoint"][0]
-    renamed = checkpoint.replace("fold=0", "fold=1")
-    shutil.copy(logs / checkpoint, logs / renamed)
-    (logs / "metrics" / "fold=1").mkdir()
-    result.assign(fold=1, checkpoint=renamed).to_csv(logs / "metrics" / "fold=1" / "result.csv", index=False)
-    shutil.copy(logs / "metrics" / "fold=0.csv", logs / "metrics" / "fold=1.csv")
-    folds = pd.read_csv(logs / "folds.csv")
-    folds.loc[folds["image_id"] == planted[2][1], "fold"] = 1
-    folds.to_csv(logs / "folds.csv", index=False)
-    done = run_script("error_analysis.py", "--data_dir", planted[0], "--folds", 0, 1, "--worst", 2, cwd=folder)
-    return folder, done.stdout
 
-
-def test_near_duplicates_in_different_folds_are_a_leak(two_folds):
-    folder, printed = two_folds
-    assert "1 pairs of near-duplicates (1 of contradicting labels, 1 in different folds)" in printed
-    assert "In different folds: 1" in read_page(folder)
-    folds = pd.read_csv(folder / "logs" / "folds.csv").set_index("image_id")["fold"]
-    assert read_table(folder).set_index("image_id")["fold"].to_dict() == folds[folds <= 1].to_dict()
-
-
-def test_metrics_that_are_missing_are_named(two_folds, planted, tmp_path):
-    shutil.copytree(two_folds[0] / "logs", tmp_path / "logs", copy_function=os.symlink)
-    (tmp_path / "logs" / "metrics" / "fold=1.csv").unlink()
-    done = run_script("error_analysis.py", "--data_dir", planted[0], "--folds", 0, 1, cwd=tmp_path, check=False)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: logs/metrics/fold=1.csv is missing")
+def test_every_fold_has_a_line_and_a_colour_of_its_own_and_one_epoch_is_a_point():
+    for n in (2, 4, 5, 6, 12):
+        rgb = np.array([[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in figures.colours(n)])
+        assert rgb.shape == (n, 3) and (np.abs(rgb[:, None] - rgb).sum(2) + 999 * np.eye(n)).min() > 60
+    for epochs in (1, 3):
+        metrics = {fold: pd.DataFrame({"epoch": range(epochs), "lr": 0.1 * fold}) for fold in range(12)}
+        svg = figures.draw_epochs(metrics, "lr", "learning rate")
+        assert [int(fold) for fold in re.findall(r">fold (\d+)</text>", svg)] == list(range(12))
+        assert all(colour in svg for colour in figures.colours(12))
+        drawn = set(re.findall(r"<use [^>]*style=\"fill: (#\w+)", svg))  # markers
+        assert drawn == (set(figures.colours(12)) if epochs == 1 else set())
 
 
 # ---------------------------------------------------------------------------------------------- in a browser
@@ -404,7 +422,8 @@ def page(browser, analysed):
     screen = {"width": 1280, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     browser.get("about:blank")
-    browser.get(Path(analysed[0] / "error_analysis.html").as_uri())
+    browser.get(Path(analysed / "error_analysis.html").as_uri())
+    find(browser, "#more").click()
     yield browser
     assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
 
@@ -415,6 +434,8 @@ def find(page, selector):
 
 def listed(page):
     """The ids in the table, top to bottom."""
+    if find(page, "#more").is_displayed():
+        find(page, "#more").click()
     return [cell.text for cell in page.find_elements("css selector", "#rows td.id")]
 
 
@@ -427,12 +448,12 @@ def wait_until(condition):
 
 
 def test_the_table_sorts_by_its_headers_with_the_keyboard_too(page, analysed):
-    table = read_table(analysed[0])
-    assert listed(page) == table.sort_values("loss", ascending=False)["image_id"].tolist()
+    table = read_table(analysed)
+    assert listed(page) == table.sort_values("loss", ascending=False, kind="stable")["image_id"].tolist()
     assert find(page, "th[data-key=loss]").get_attribute("aria-sort") == "descending"
 
     find(page, "th[data-key=loss] button").send_keys("\ue007")  # Enter
-    assert listed(page) == table.sort_values("loss")["image_id"].tolist()
+    assert listed(page) == table.sort_values("loss", kind="stable")["image_id"].tolist()
     assert find(page, "th[data-key=loss]").get_attribute("aria-sort") == "ascending"
 
     find(page, "th[data-key=image_id] button").click()
@@ -441,20 +462,20 @@ def test_the_table_sorts_by_its_headers_with_the_keyboard_too(page, analysed):
     assert find(page, "th[data-key=loss]").get_attribute("aria-sort") is None
 
     find(page, "#sort option[value=rust]").click()
-    assert listed(page) == table.sort_values("rust", ascending=False)["image_id"].tolist()
+    assert listed(page) == table.sort_values("rust", ascending=False, kind="stable")["image_id"].tolist()
     find(page, "#direction").click()
-    assert listed(page) == table.sort_values("rust")["image_id"].tolist()
+    assert listed(page) == table.sort_values("rust", kind="stable")["image_id"].tolist()
 
     find(page, "th[data-key=suspect] button").click()  # those without a rank come last
     suspects = table[table["suspect"] != ""].sort_values("suspect", key=lambda column: column.astype(int))
     assert listed(page)[: len(suspects)] == suspects["image_id"].tolist()
 
 
-def test_the_table_filters_by_id_class_errors_and_suspects(page, analysed):
-    table = read_table(analysed[0])
+def test_the_table_filters_by_id_class_fold_errors_and_suspects(page, analysed):
+    table = read_table(analysed)
 
     def shows(rows):
-        expected = rows.sort_values("loss", ascending=False)["image_id"].tolist()
+        expected = rows.sort_values("loss", ascending=False, kind="stable")["image_id"].tolist()
         assert expected and len(expected) < len(table)
         assert listed(page) == expected
         assert find(page, "#count").text == f"{len(expected)} of {len(table)} photos"
@@ -465,6 +486,9 @@ def test_the_table_filters_by_id_class_errors_and_suspects(page, analysed):
     shows(table[table["image_id"].str.contains("Train_1")])
     find(page, "#class option[value=scab]").click()
     shows(table[table["label"] == "scab"])
+    for fold in (0, 1):
+        find(page, f"#fold option:nth-child({fold + 2})").click()  # the first one is "all"
+        shows(table[table["fold"] == fold])
     find(page, "#wrong").send_keys(" ")
     shows(table[table["wrong"]])
     find(page, "#suspect").click()
@@ -474,17 +498,8 @@ def test_the_table_filters_by_id_class_errors_and_suspects(page, analysed):
     shows(table[table["wrong"] & (table["label"] == "healthy")])
 
 
-def test_the_table_filters_by_fold(page, two_folds):
-    page.get((two_folds[0] / "error_analysis.html").as_uri())
-    table = read_table(two_folds[0])
-    for fold in (0, 1):
-        find(page, f"#fold option:nth-child({fold + 2})").click()  # the first one is "all"
-        rows = table[table["fold"] == fold].sort_values("loss", ascending=False, kind="stable")
-        assert listed(page) == rows["image_id"].tolist() and 0 < len(rows) < len(table)
-
-
 def test_links_lead_from_a_suspect_to_its_row_and_from_there_to_its_heat_map(page, analysed):
-    table = read_table(analysed[0])
+    table = read_table(analysed)
     suspect = table.index[table["suspect"] == "1"][0]
     find(page, "#search").send_keys("nothing is called so")
     assert listed(page) == []
@@ -509,7 +524,12 @@ def test_the_page_fits_a_phone_in_the_dark_and_every_picture_is_decoded(page, tm
         path = tmp_path / f"{scheme}-{width}.png"
         page.save_screenshot(str(path))
         sizes[scheme, width] = cv2.imread(str(path)).mean()
+        right = "return document.querySelector(arguments[0]).getBoundingClientRect().right"  # text is as wide as cards
+        assert page.execute_script(right, "#errors p") == page.execute_script(right, "#errors .cards")
     assert sizes["light", 1280] > 150 > 80 > sizes["dark", 1280]
+    page.execute_script("arguments[0].scrollIntoView()", find(page, "#augmentation"))
+    find(page, "a.up").click()  # from anywhere
+    wait_until(lambda: page.execute_script("return scrollY") < 50)
     broken = "return [...document.images].filter(image => !image.complete || !image.naturalWidth).length"
     assert page.execute_script(broken) == 0
     assert page.execute_script("return document.images.length") > 40

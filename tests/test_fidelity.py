@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from harness.prediction import fold_batch_norm
-from models import LeafModule, LeafNet
+from models import LeafModule, LeafNet, fold_batch_norm
 from utils import split_folds
 
 REFERENCE = Path(__file__).parent / "reference"

@@ -1,84 +1,93 @@
-"""What `make gpu-check` does that needs no GPU: fp16 with the loss scaler on the CPU, the table, the estimate."""
+"""What `make gpu-check` does that needs no GPU: the checks on the CPU, what each would notice, the table."""
 
-import argparse
 import json
+from argparse import Namespace
+from types import SimpleNamespace
 
-import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import run_script
 from pytorch_lightning.plugins import MixedPrecision
 
 from tools import gpu_check
-from tools.gpu_check import (
-    Table,
-    check_accumulation,
-    check_agreement,
-    check_fp16,
-    check_resume,
-    estimate_hours,
-    make_step,
-)
-
-CPU = torch.device("cpu")
 
 
-def results(table):
-    return {row["check"]: row["result"] for row in table.rows}
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """What main finds out about a machine without a GPU; a quick network and small photos."""
+    monkeypatch.setattr(gpu_check, "BACKBONE", "resnet18")
+    monkeypatch.setattr(gpu_check, "SMALL_SIZE", (32, 64))
+    found = {"device": torch.device("cpu"), "gpus": [], "size": (32, 64), "batch": 2, "precision": "32"}
+    return SimpleNamespace(**found, folder=tmp_path, synchronise=lambda: None)
 
 
-def test_fp16_with_the_loss_scaler_learns_and_is_clipped_after_unscaling():
-    """Lightning's own 16-mixed becomes bf16 on a CPU, so the plugin is handed in, as on a GPU."""
-    table = Table()
-    check_fp16(table, CPU, (32, 64), steps=4)
-    assert results(table) == {
-        "fp16 with the loss scaler: the loss falls": "ok",
-        "fp16: clipped at 1, after unscaling": "ok",
-    }
-    assert table.rows[1]["value"] == pytest.approx(1, abs=0.01)  # it was longer, and was clipped
+def results(rows):
+    return [row["result"] for row in rows]
+
+
+def test_the_table_on_a_machine_without_a_gpu(machine, monkeypatch, tmp_path, capsys):
+    """Every row is printed and kept; a check that ends in an error loses no other."""
+
+    def broken(machine):
+        yield gpu_check.row("before the error", 1.0)
+        raise ValueError("broken here")
+
+    def too_large(machine):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 3 GiB")
+
+    monkeypatch.setattr(gpu_check, "QUICK", [broken, too_large, *gpu_check.QUICK])
+    args = Namespace(image_size=(32, 64), batches=[2], num_workers=0, quick=True, out=str(tmp_path / "table.json"))
+    with pytest.raises(SystemExit, match="^error: broken: see the table"):
+        gpu_check.main(args)
+    printed, kept = capsys.readouterr().out, json.loads((tmp_path / "table.json").read_text())
+    assert "CPU: there is no GPU" in printed and kept["device"] in printed and kept["environment"]["torch"]
+    rows = {row["check"].strip(): row for row in kept["checks"]}
+    assert all(f"{name} " in printed and row["result"] in printed for name, row in rows.items())
+    assert rows["too_large"]["result"] == "left out" and "broken here" in rows["broken"]["about"]
+    assert results(kept["checks"])[:5] == ["figure", "failed", "left out", "ok", "ok"]
+    assert rows["float32 logits as on the CPU"]["value"] == 0
+    assert rows["fp16: the gradient is clipped after unscaling"]["value"] == pytest.approx(1, abs=0.01)
+    assert set(results(kept["checks"])[6:]) == {"figure"} and rows["all five steps at 480x768, computed"]["value"] > 0
+    assert len(rows) == len(kept["checks"]) >= 12
 
 
 @pytest.mark.parametrize("fused", (True, False))
-def test_gradients_that_are_clipped_before_they_are_unscaled_would_be_noticed(monkeypatch, fused):
+def test_gradients_that_are_clipped_before_they_are_unscaled_would_be_noticed(machine, monkeypatch, fused):
     """They are 1,024 times too long then. Lightning unscales them itself, but not for a fused optimizer."""
     adam = torch.optim.Adam
     monkeypatch.setattr(torch.optim, "Adam", lambda parameters, lr, **_: adam(parameters, lr, fused=fused))
     monkeypatch.setattr(gpu_check, "UnscaleFirst", MixedPrecision)
-    table = Table()
-    check_fp16(table, CPU, (32, 64), steps=2)
-    assert results(table)["fp16: clipped at 1, after unscaling"] == ("failed" if fused else "ok")
+    assert results(gpu_check.check_gradients(machine)) == ["ok", "failed" if fused else "ok"]
 
 
-def test_checks_fail_where_something_is_wrong(monkeypatch):
-    table = Table()
-    check_agreement(table, CPU)
-    check_accumulation(table, CPU)
-    assert set(results(table).values()) == {"ok"}
-    made = iter(range(10))
+def test_other_weights_and_lower_precision_would_be_noticed(machine, monkeypatch):
+    """bf16 in place of float32 moves these small logits by 0.0002 only, but by far more than their spread allows."""
+    made, draw = iter(range(10)), gpu_check.draw_network
 
-    def another(device):
+    def draw_another(device):
         torch.manual_seed(next(made))
-        return gpu_check.LeafNet().to(device)
+        return gpu_check.LeafNet("resnet18")
 
-    monkeypatch.setattr(gpu_check, "draw_network", another)
-    table = Table()
-    check_agreement(table, CPU)
-    check_accumulation(table, CPU)
-    assert set(results(table).values()) == {"failed"}
+    def draw_careless(device):
+        network = draw("cpu")
+        plain = network.forward
+        if device != "cpu":  # the second of the two
+            network.forward = lambda images: torch.autocast("cpu", torch.bfloat16)(plain)(images)
+        return network
+
+    monkeypatch.setattr(gpu_check, "draw_network", draw_another)
+    assert results(gpu_check.check_logits(machine)) == ["failed"]
+    assert next(gpu_check.check_gradients(machine))["result"] == "failed"
+    monkeypatch.setattr(gpu_check, "draw_network", draw_careless)
+    monkeypatch.setattr(gpu_check, "BACKBONE", "se_resnext50_32x4d")
+    assert results(gpu_check.check_logits(machine)) == ["failed"]
 
 
-def test_the_estimate_counts_every_photo():
-    # 70 epochs of 5 folds: 4 of 5 photos are trained on, one is validated; both rounds; then the predictions
-    training, validating = 70 * 5 * 1821 * 4 / 5, 70 * 5 * 1821 / 5
-    expected = 2 * (training * 0.05 + validating * 0.002) + (1821 + 2 * 1821 * 8 * 5) * 0.01
-    assert estimate_hours(0.05, 0.002, 0.01, (480, 768)) == pytest.approx(expected / 3600)
-    assert estimate_hours(0.05, 0.002, 0.01, (240, 384)) == pytest.approx(4 * expected / 3600)
-
-
-@pytest.mark.parametrize("channels_last", (True, False))
-def test_what_is_not_channels_last_is_so_nowhere(channels_last):
+@pytest.mark.parametrize("plain", (True, False))
+def test_what_is_plain_is_channels_last_nowhere(machine, plain):
     """A convolution computes in channels last if its photos or its weights are: weights alone decide nothing."""
-    step, seen = make_step(CPU, (64, 96), 2, "bf16", channels_last=channels_last), []
+    step, seen = gpu_check.make_step(machine, plain=plain), []
 
     def look(module, inputs):
         if isinstance(module, torch.nn.Conv2d) and module.kernel_size[0] > 1:  # a weight of 1 x 1 is always both
@@ -88,70 +97,65 @@ def test_what_is_not_channels_last_is_so_nowhere(channels_last):
     hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
     step()
     hook.remove()
-    assert len(seen) == 17 and set(seen) == {channels_last}
+    assert len(seen) == 17 and set(seen) == {not plain}
 
 
-def test_one_check_that_ends_in_an_error_loses_no_other(monkeypatch, tmp_path, capsys):
-    def broken(*arguments, **options):
-        raise ValueError("broken here")
-
-    for name in ("check_agreement", "check_fp16", "measure_memory", "measure_ratio"):
-        monkeypatch.setattr(gpu_check, name, broken)
-    monkeypatch.setattr(gpu_check, "SMALL_SIZE", (32, 64))
-    with pytest.raises(SystemExit, match="float32 logits as on the CPU; fp16 with the loss scaler; memory; "):
-        gpu_check.main(argparse.Namespace(num_workers=0, quick=True, out=str(tmp_path / "gpu_check.json")))
-    rows = {row["check"]: row for row in json.loads((tmp_path / "gpu_check.json").read_text())["checks"]}
-    assert "broken here" in rows["memory"]["about"]
-    for name in (
-        "the gradient of two parts is that of the whole",
-        "steps fed by the loader, against data on the device",
-    ):
-        assert rows[name]["result"] in ("ok", "figure")
-    assert "all five steps at 480x768 on this device, computed" in rows
-
-
-def test_lower_precision_would_be_noticed(monkeypatch):
-    """bf16 in place of float32 moves these small logits by 0.0002 only, but by far more than their spread allows."""
-    draw = gpu_check.draw_network
-
-    def careless(device):
-        network = draw("cpu")
-        if device == CPU:  # the second of the two
-            plain = network.forward
-            network.forward = lambda images: torch.autocast("cpu", torch.bfloat16)(plain)(images)
-        return network
-
-    monkeypatch.setattr(gpu_check, "draw_network", careless)
-    table = Table()
-    check_agreement(table, CPU)
-    assert set(results(table).values()) == {"failed"}
-
-
-def test_a_training_that_was_not_killed_is_no_proof(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_check, "KILLED", "import sys; print('done already')")
-    with pytest.raises(RuntimeError, match="status 0"):
-        check_resume(Table(), tmp_path, CPU)
+def test_the_estimate_counts_every_photo(machine):
+    # 70 epochs of 5 folds: 4 of 5 photos are trained on, one is validated; both rounds; then the predictions
+    training, validating = 70 * 5 * 1821 * 4 / 5, 70 * 5 * 1821 / 5
+    expected = (2 * (training * 0.05 + validating * 0.002) + (1821 + 2 * 1821 * 8 * 5) * 0.01) / 3600
+    machine.fed, machine.validate, machine.predict = 2 * 0.05, 2 * 0.002, 2 * 0.01  # of a batch of 2
+    for machine.size, factor in (((480, 768), 1), ((240, 384), 4)):
+        assert next(gpu_check.estimate_hours(machine))["value"] == pytest.approx(factor * expected)
 
 
 @pytest.mark.slow
-def test_a_killed_training_is_compared_with_one_that_was_not(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_check, "BACKBONE", "resnet18")
+def test_a_killed_training_is_compared_with_one_that_was_not(machine, monkeypatch):
+    def run(command, cwd, env, **_):
+        return run_script(*command[1:], cwd=cwd, check=False, **env)
+
+    monkeypatch.setattr(gpu_check, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    table = Table()
-    check_resume(table, tmp_path, CPU)
-    (row,) = table.rows
+    row = next(gpu_check.check_resume(machine))
     assert (row["result"], row["value"], row["about"]) == ("ok", 0, "to the bit")
+    with pytest.raises(RuntimeError, match="status 0"):  # it is finished: a training that was not killed is no proof
+        gpu_check.train(machine, "training", killed_before=2)
 
 
-@pytest.mark.slow
-def test_on_a_machine_without_a_gpu_it_runs_on_the_cpu_and_says_so(tmp_path, monkeypatch):
-    done = run_script("tools.gpu_check", "--quick", "--num_workers", 0, cwd=tmp_path, OMP_NUM_THREADS="1")
-    assert "CPU: there is no GPU, so this shows only that the checks work" in done.stdout
-    record = json.loads((tmp_path / "gpu_check.json").read_text())
-    rows = {row["check"]: row for row in record["checks"]}
-    assert record["environment"]["torch"] and rows["memory at 64x96, batch 32"]["result"] == "left out"
-    assert rows["float32 logits as on the CPU"]["value"] == 0
-    assert np.isfinite(rows["all five steps at 480x768 on this device, computed"]["value"])
-    assert not [row for row in record["checks"] if row["result"] == "failed"]
-    for name, row in rows.items():
-        assert f"{name} " in done.stdout and row["result"] in done.stdout
+class Trainings:
+    """In place of gpu_check.train: keeps what was asked for; what is killed or runs side by side differs by `apart`."""
+
+    def __init__(self, apart=0.0, says="going on after epoch 1"):
+        self.apart, self.says, self.asked = apart, says, []
+
+    def __call__(self, machine, log_dir, *options, killed_before=99, **environment):
+        self.asked.append((options, killed_before, environment))
+        apart = self.apart * (log_dir.endswith("_2") or log_dir == "parallel")
+        return pd.DataFrame({"train_loss": [3.0, 2.0, 1.0 + apart]}), self.says
+
+
+@pytest.mark.parametrize("gpus, apart, expected", [([], 1e-9, "failed"), ([0], 1e-3, "ok"), ([0], 0.1, "failed")])
+def test_other_metrics_after_a_kill_are_noticed(machine, monkeypatch, gpus, apart, expected):
+    machine.gpus = gpus
+    monkeypatch.setattr(gpu_check, "train", Trainings(apart))
+    row = next(gpu_check.check_resume(machine))
+    assert (row["result"], row["about"]) == (expected, "not to the bit")
+    monkeypatch.setattr(gpu_check, "train", Trainings(says="begun anew"))
+    with pytest.raises(RuntimeError, match="did not go on"):
+        next(gpu_check.check_resume(machine))
+
+
+def test_compiled_trainings_and_those_on_two_gpus_are_run(machine, monkeypatch):
+    trainings, compiled, two = Trainings(), [], ("--gpus", 0, 1)
+    monkeypatch.setattr(gpu_check, "train", trainings)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
+    n = 1 + hasattr(torch._inductor.config, "deterministic")
+    assert results(gpu_check.measure_compiling(machine)) == ["figure", "ok"] * n and len(compiled) == n
+    kills = [("--compile",), 99], [("--compile",), 2], [("--compile",), 99]
+    expected = [(*kill, {"TORCHINDUCTOR_DETERMINISTIC": str(how)}) for how in range(n) for kill in kills]
+    assert trainings.asked == expected
+    assert results(gpu_check.check_several(machine)) == ["left out"]
+    machine.gpus, trainings.apart = [0, 1], 0.1
+    assert results(gpu_check.check_several(machine)) == ["ok", "failed"]
+    of_several = [options for options, *_ in trainings.asked[len(expected) :]]
+    assert of_several == [two, (), (*two, "--folds", 0, 1, "--parallel_folds")]

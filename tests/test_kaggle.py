@@ -8,152 +8,164 @@ import sys
 
 import pandas as pd
 import pytest
-from conftest import REPO, SMALL, run_script, start_script
+import yaml
+from conftest import REPO, SMALL, copy_recipe, edit, refusal, run_script
+from packaging.requirements import Requirement
 
-from tools.kaggle import __main__ as kaggle
-from tools.kaggle import session
+from tools import kaggle
 
-# A tiny network of timm
-OPTIONS = [*SMALL, "--backbone", "timm/test_resnet", "--max_epochs", 2, "--keep_checkpoints", 1]
+OPTIONS = " ".join([*SMALL, "--backbone", "timm/test_resnet", "--keep_checkpoints", "1"])  # a tiny network
 
 
 @pytest.fixture
-def mount():
-    """A function that mounts, if that is possible here; all is unmounted in the end."""
+def make_root(sample, tmp_path):
+    """A function that makes the folders of a Kaggle machine: inputs that are read-only, and 64 MB for the output."""
     mounted = []
 
-    def call(folder, *commands):
-        for command in commands:
-            if sys.platform != "linux" or os.geteuid() or subprocess.run(command, capture_output=True).returncode:
-                pytest.skip("nothing can be mounted here")
-            mounted[:] = [*dict.fromkeys([*mounted, folder])]
+    def mount(folder, *options):
+        command = ["mount", *options, folder]
+        if sys.platform != "linux" or os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("nothing can be mounted here")
+        mounted[:] = [*dict.fromkeys([*mounted, folder])]
 
-    yield call
+    def make(name, output_of=None):
+        given, working = tmp_path / name / "input", tmp_path / name / "working"
+        shutil.copytree(sample, given / "plant-pathology-2020-fgvc7")
+        if output_of is not None:
+            shutil.copytree(output_of / "working", given / "plant-pathology-1")
+        working.mkdir()
+        mount(working, "-t", "tmpfs", "-o", "size=64m", "tmpfs")
+        mount(given, "--bind", given)
+        mount(given, "-o", "remount,ro,bind", given)
+        return tmp_path / name
+
+    yield make
     for folder in reversed(mounted):
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def make_root(folder, sample, mount, output_of=None):
-    """The folders of a Kaggle machine: inputs that are read-only, and 64 MB for the output."""
-    (folder / "input").mkdir(parents=True)
-    shutil.copytree(sample, folder / "input" / "plant-pathology-2020-fgvc7")
-    if output_of is not None:
-        shutil.copytree(output_of / "working", folder / "input" / "plant-pathology-1")
-    (folder / "working").mkdir()
-    mount(folder / "working", ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder / "working"])
-    where = folder / "input"
-    mount(where, ["mount", "--bind", where, where], ["mount", "-o", "remount,ro,bind", where])
-    return folder
-
-
-def pack(folder, number):
-    words = ["somebody", "--session", number, "--out", folder]
-    words += ["--options", " ".join(map(str, OPTIONS))]
-    run_script("tools.kaggle", *words, cwd=folder.parent)
-
-
-def start(folder, root, how):
-    return start_script("-c", RUN, folder / "run.py", how, cwd=root, KAGGLE_ROOT=str(root), OMP_NUM_THREADS="1")
-
-
-# The packed script; with "cut" the session's time is over as soon as a fold is finished.
+# The packed script. Its commands are forked, which saves the imports. "cut": its time is over when a fold is finished.
 RUN = """
-import importlib.util, json, sys, time
+import importlib.util, os, runpy, sys, time
+from types import SimpleNamespace
 spec = importlib.util.spec_from_file_location("run", sys.argv[1])
 run = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(run)
-run.PACKED = json.loads(run.PACKED)
-class Clock:
-    sleep = time.sleep
-    def monotonic():
-        return time.monotonic() + 1e6 * (run.WORKING / "logs" / "results.csv").exists()
+class Process:
+    def __init__(self, command, cwd, start_new_session):
+        self.returncode, self.pid = None, os.fork()
+        if self.pid == 0:
+            os.setsid()
+            os.chdir(cwd)
+            sys.argv, sys.path[0] = command[1:], os.path.dirname(command[1])
+            runpy.run_path(command[1], run_name="__main__")
+            raise SystemExit
+    def poll(self):
+        if self.returncode is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.returncode = os.waitstatus_to_exitcode(ended[1])
+        return self.returncode
+run.subprocess = SimpleNamespace(Popen=Process)
 if sys.argv[2] == "cut":
-    run.time = Clock
-run.main()
+    late = lambda: time.monotonic() + 1e6 * (run.WORKING / "logs" / "results.csv").exists()
+    run.time = SimpleNamespace(sleep=time.sleep, monotonic=late)
+run.run_steps()
 """
 
 
+def run_session(script, root, how="whole"):
+    return run_script(
+        "-c", RUN, script, how, cwd=root, KAGGLE_ROOT=str(root), OMP_NUM_THREADS="1", PYTHONPATH=""
+    ).stdout
+
+
 @pytest.mark.slow
-def test_a_session_that_is_cut_short_is_continued_from_its_read_only_output(sample, tmp_path, mount):
-    pack(tmp_path / "cut", 1)
-    first = make_root(tmp_path / "a", sample, mount)
-    done = start(tmp_path / "cut", first, "cut")
-    assert done.wait() == 0, done.stdout + done.stderr
-    assert "python -m tools.kaggle NAME --session 2" in done.stdout.splitlines()[-1]
-    assert not (first / "working" / "soft_labels.csv").exists() and not (first / "working" / "image_cache").exists()
+def test_an_edited_recipe_is_packed_cut_short_and_continued_from_its_read_only_output(sample, tmp_path, make_root):
+    """The edit imports a file from a folder, and reads a CSV of an earlier run, which step 2 will write anew."""
+    repo = copy_recipe(tmp_path / "repo")
+    shutil.copytree(REPO / "tools", repo / "tools")
+    shutil.copy(REPO / "requirements.txt", repo)
+    (repo / "losses").mkdir()
+    (repo / "losses" / "focal.py").write_text("from torch.nn.functional import cross_entropy\n")
+    edit(repo / "models.py", "from torch import nn\n", "from torch import nn\nfrom losses import focal\n")
+    edit(repo / "models.py", "F.cross_entropy(", "focal.cross_entropy(")
+    edit(repo / "train.py", "    run.check(", "    run.inputs['pseudo labels'] = 'submission.csv'\n    run.check(")
+    shutil.copy(sample / "sample_submission.csv", repo / "submission.csv")
+    for number, files in ((1, ["--files", "submission.csv"]), (2, [])):
+        words = ["somebody", "--session", number, "--out", f"push{number}", f"--options={OPTIONS}", *files]
+        run_script("tools.kaggle", *words, cwd=repo, PYTHONPATH=str(repo))
+    described = [json.loads((repo / f"push{n}" / "kernel-metadata.json").read_text()) for n in (1, 2)]
+    assert described[0]["competition_sources"] == ["plant-pathology-2020-fgvc7"]
+    assert described[0]["machine_shape"] == "NvidiaTeslaT4" and described[0]["enable_gpu"]
+    assert described[0]["code_file"] == "run.py" and described[0]["id"] == "somebody/plant-pathology-1"
+    assert [kernel["kernel_sources"] for kernel in described] == [[], ["somebody/plant-pathology-1"]]
 
-    pack(tmp_path / "next", 2)
-    second = make_root(tmp_path / "b", sample, mount, output_of=first)
-    done = start(tmp_path / "next", second, "whole")
-    assert done.wait() == 0, done.stdout + done.stderr
-    assert f"going on from {second}/input/plant-pathology-1/logs" in done.stdout
-    assert "fold 0 is finished already" in done.stdout and "fold 4 is finished already" not in done.stdout
-    assert len(pd.read_csv(second / "working" / "submission_mix.csv")) == 12
-    assert done.stdout.splitlines()[-1].startswith("done after ")
+    first = make_root("a")
+    printed = run_session(repo / "push1" / "run.py", first, "cut")
+    assert "python -m tools.kaggle NAME --session 2" in printed.splitlines()[-1]
+    left = {path.name for path in (first / "working").iterdir() if not path.name.startswith(".")}
+    assert left == {"logs", "submission.csv"}  # no image cache
+    packed = {path.relative_to(first / "temp" / "repository").parts[0] for path in first.glob("temp/repository/**/*")}
+    assert "losses" in packed and not {"analysis", "tools", "tests", "compare.py", "predict.py"} & packed
+
+    second = make_root("b", output_of=first)
+    printed, working = run_session(repo / "push2" / "run.py", second), second / "working"
+    assert f"going on from {second}/input/plant-pathology-1" in printed
+    assert "fold 0 is finished already" in printed and "fold 4 is finished already" not in printed
+    assert len(pd.read_csv(working / "submission_mix.csv")) == 12
+    assert (working / "submission.csv").read_text() != (repo / "submission.csv").read_text()
+    for logs in ("logs", "logs_submit_distill"):
+        recorded = yaml.safe_load((working / logs / "hparams.yaml").read_text())
+        assert {"losses/focal.py", "pseudo labels"} <= set(recorded["fingerprints"])
+    assert printed.splitlines()[-1].startswith("done after ") and printed.count("$ ") == 5
+    assert run_session(repo / "push2" / "run.py", second).count("$ ") == 0  # nothing is left to do
 
 
-def test_what_is_pushed_asks_for_the_data_and_a_gpu_that_can_be_used(tmp_path):
-    pack(tmp_path / "push", 1)
-    described = json.loads((tmp_path / "push" / "kernel-metadata.json").read_text())
-    assert described["competition_sources"] == ["plant-pathology-2020-fgvc7"] and described["kernel_sources"] == []
-    assert described["machine_shape"] == "NvidiaTeslaT4" and described["enable_gpu"] and described["enable_internet"]
-    assert described["code_file"] == "run.py" and described["id"] == "somebody/plant-pathology-1"
-    pack(tmp_path / "push", 2)
-    described = json.loads((tmp_path / "push" / "kernel-metadata.json").read_text())
-    assert described["kernel_sources"] == ["somebody/plant-pathology-1"]
-    assert (tmp_path / "push" / "run.py").stat().st_size < 1_000_000  # Kaggle's limit for a script
-
-
-def test_what_is_packed_is_what_the_steps_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(session, "PACKED", {"repository": kaggle.pack_repository()})
-    monkeypatch.setattr(session, "REPO", tmp_path)
-    session.unpack()
-    for path in [*REPO.glob("*.py"), *(REPO / "harness").glob("*.py")]:
-        assert (tmp_path / path.relative_to(REPO)).read_bytes() == path.read_bytes()
-    assert not {path.name for path in tmp_path.iterdir()} - {path.name for path in REPO.iterdir()}
+def test_files_that_cannot_be_packed_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "large.csv").write_bytes(os.urandom(1_000_000))
+    assert "Kaggle takes 1 MB: pack fewer --files" in refusal(kaggle.write_script, tmp_path / "run.py", ["large.csv"])
+    for name in ("missing.csv", str(tmp_path / "large.csv"), f"../{tmp_path.name}/large.csv"):
+        with pytest.raises(kaggle.argparse.ArgumentTypeError, match="is not a file in the working directory"):
+            kaggle.packable_file(name)
 
 
 def test_only_packages_that_are_missing_or_of_a_wrong_version_are_installed(tmp_path, monkeypatch):
-    installed = {
-        "torch": "2.10.0+cu126",
-        "numpy": "2.0.2",
-        "opencv-python-headless": "5.0.0.1",
-        "tqdm": "4.67",
-        "six": "1.16",
-    }
+    installed = {"torch": "2.10.0+cu126", "numpy": "2.0.2", "opencv-python-headless": "5.0.0.1", "six": "1.16"}
 
     def version(name):
         if name not in installed:
-            raise session.PackageNotFoundError(name)
+            raise kaggle.PackageNotFoundError(name)
         return installed[name]
 
     commands = []
-    monkeypatch.setattr(session, "version", version)
-    monkeypatch.setattr(session, "REPO", tmp_path)
-    monkeypatch.setattr(session, "INPUT", tmp_path / "input")
-    monkeypatch.setattr(session, "run", commands.append)
-    wanted = ["matplotlib>=3.9", "cleanlab", "torch>=2.6   # a comment", "numpy>=2.0,<3", "six == 1.16.0", "tqdm"]
-    wanted = "\n".join([*wanted, "opencv-python-headless>=4.11,<5", "pretrainedmodels==0.7.4"])
-    (tmp_path / "requirements.txt").write_text(wanted)
-    session.install()
-    assert commands[0][-2:] == ["opencv-python-headless>=4.11,<5", "pretrainedmodels==0.7.4"]
-    assert "--no-index" not in commands[0]
-    (tmp_path / "input" / "wheels").mkdir(parents=True)
-    (tmp_path / "input" / "wheels" / "pretrainedmodels-0.7.4-py3-none-any.whl").touch()  # where there is no internet
-    session.install()
-    assert commands[1][5:8] == ["--no-index", "--find-links", str(tmp_path / "input" / "wheels")]
+    for name, value in (("version", version), ("run", commands.append), ("REPO", tmp_path), ("INPUT", tmp_path)):
+        monkeypatch.setattr(kaggle, name, value)
+    lines = ["matplotlib>=3.9", "cleanlab", "torch>=2.6   # a comment", "numpy>=2.0,<3", "six == 1.16.0", "pandas"]
+    (tmp_path / "requirements.txt").write_text("\n".join([*lines, "opencv-python-headless<5,>=4.11"]))
+    kaggle.install()
+    assert commands[0][4:] == ["--quiet", "pandas", "opencv-python-headless<5,>=4.11"]
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "pandas-3-py3-none-any.whl").touch()  # where there is no internet
+    kaggle.install()
+    assert commands[1][5:7] == ["--no-index", f"--find-links={tmp_path / 'wheels'}"]
     installed["opencv-python"] = "4.12.0.88"
     del installed["opencv-python-headless"]  # another build of OpenCV beside the one that is there would break both
-    (tmp_path / "requirements.txt").write_text("torch>=2.6\nnumpy>=2.0\nopencv-python-headless>=4.11,<5\n")
-    session.install()
-    assert len(commands) == 2
+    assert kaggle.is_there(Requirement("opencv-python-headless>=4.11,<5"))
 
 
 def test_attached_weights_are_used_and_missing_data_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(session, "INPUT", tmp_path)
-    assert session.find_weights() == []
+    commands = []
+    paths = {name: tmp_path / name for name in ("INPUT", "WORKING", "TEMP", "STEPS_DONE")}
+    functions = {"run": commands.append, "unpack": lambda *_: None, "install": lambda: None}
+    packed = {"PACKED": {"repository": "", "files": "", "options": "--max_epochs 3"}}
+    for name, value in (paths | functions | packed).items():
+        monkeypatch.setattr(kaggle, name, value)
     with pytest.raises(SystemExit, match="attach the competition's data"):
-        session.find_data()
-    (tmp_path / "weights").mkdir()
-    (tmp_path / "weights" / "legacy_se_resnext50_32x4d-f3651bad.pth").touch()
-    assert session.find_weights() == ["--weights", str(tmp_path / "weights" / "legacy_se_resnext50_32x4d-f3651bad.pth")]
+        kaggle.run_steps()
+    (tmp_path / "INPUT" / "data" / "images").mkdir(parents=True)
+    for name in ("data/train.csv", "legacy_se_resnext50_32x4d-f3651bad.pth"):
+        (tmp_path / "INPUT" / name).touch()
+    kaggle.run_steps()
+    for command in (commands[0], commands[2]):
+        words = " ".join(command)
+        assert f"--data_dir {tmp_path}/INPUT/data " in words and words.count(f"--weights {tmp_path}/INPUT/legacy") == 1

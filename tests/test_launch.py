@@ -18,9 +18,8 @@ from conftest import REPO, copy_recipe, run_script, shared_folder, start_script,
 from dataset import load_photo
 from harness.console import InputError
 from harness.launch import find_processes
-from harness.prediction import load_network
 from harness.record import read_record, record_path
-from models import LeafNet
+from models import LeafNet, load_network
 from utils import CLASSES, split_folds
 
 QUICK = [*ONE_EPOCH, "--max_epochs", 2]
@@ -91,7 +90,7 @@ def test_two_processes_train_as_gpus_0_1_would(one_process, two_processes, sampl
         rows = np.flatnonzero(folds == row["fold"])
         photos = [load_photo(sample / "images" / f"{train_csv['image_id'][i]}.jpg", (32, 64)) for i in rows]
         with torch.no_grad():
-            network = load_network(two_processes / "logs" / row["checkpoint"], LeafNet("resnet18"))
+            network = load_network(two_processes / "logs" / row["checkpoint"], "resnet18")
             softmax = network(torch.from_numpy(np.stack(photos))).softmax(1).numpy()
         assert -np.log(softmax[labels[rows] == 1]).mean() == pytest.approx(row["val_loss"], abs=1e-4)
         # batch norm saw 4 photos a process, not 8: were it one process, the result would be the same
@@ -357,7 +356,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from models import LeafNet
+from models import LeafNet, load_network
 
 rank = int(sys.argv[1])
 distributed.init_process_group("gloo", rank=rank, world_size=2)

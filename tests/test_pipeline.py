@@ -10,11 +10,10 @@ import torch
 import yaml
 from conftest import REPO, SMALL, run_script
 from filelock import FileLock
+from harness.log_dir import FORMAT
 
 from dataset import LeafDataset, load_photo, train_augmentation
-from harness.log_dir import FORMAT
-from harness.prediction import load_network
-from models import LeafNet
+from models import LeafNet, load_network
 from tools import demo
 from utils import CLASSES, column_aucs, mean_auc, split_folds
 

@@ -1,4 +1,4 @@
-"""Prediction: compiled where it pays, with the same result; and what is said where it cannot be."""
+"""Prediction: by each fold's own network, on all devices, compiled too; and what is said where it cannot be."""
 
 import argparse
 import copy
@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from dataset import LeafDataset
-from harness import prediction
 from harness.console import InputError
-from harness.prediction import fold_batch_norm, predict
-from models import LeafNet
+from inference import predict
+from models import LeafNet, fold_batch_norm, load_network
 
 
 @pytest.fixture(scope="module")
@@ -35,46 +34,29 @@ def job():
 
 
 @pytest.mark.slow
-def test_long_predictions_are_compiled_and_stay_the_same(job, monkeypatch, capsys):
-    expected = predict(*job, "short")
-    assert "torch.compile" not in capsys.readouterr().out
-    assert np.abs(expected[:11] - expected[11:]).max() > 0.05  # another network's weights would be noticed
-    used, compiling = [], prediction.compile_network
-
-    def watch(network, example):
-        compiled = compiling(network, example)
-        assert isinstance(compiled, torch._dynamo.OptimizedModule)
-        return lambda images: used.append((network, len(images))) or compiled(images)
-
-    monkeypatch.setattr(prediction, "COMPILE_FROM", 22 * 32 * 64)
-    monkeypatch.setattr(prediction, "compile_network", watch)
-    np.testing.assert_allclose(predict(*job, "long"), expected, atol=1e-5)
-    assert "22 images to predict: by torch.compile" in capsys.readouterr().out
-    # of 4 + 4 + 3 images a network, the last batch is not worth compiling once more
-    assert used == [(network, 4) for network in job[0].values() for _ in range(2)]
-
-
-def test_without_a_compiler_it_is_said_and_the_prediction_goes_on(job, monkeypatch, capsys):
-    expected = predict(*job, "short")
-    torch._dynamo.reset()
-    monkeypatch.setattr(prediction, "COMPILE_FROM", 0)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/there/is/none",))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    np.testing.assert_array_equal(predict(*job, "long"), expected)
-    said = capsys.readouterr().out
-    assert said.count("note: predicting without torch.compile") == 1 and "No working C++ compiler" in said
+def test_a_compiled_network_predicts_the_same(job, trained):
+    network, photos = LeafNet().eval(), torch.randint(0, 256, (5, 64, 96, 3), dtype=torch.uint8)
+    checkpoint = next((trained / "logs").glob("fold=0-epoch=3*.ckpt"))
+    expected, compiled = (load_network(checkpoint, "se_resnext50_32x4d", compile=how) for how in (False, True))
+    assert compiled._compiled_call_impl is not None and expected._compiled_call_impl is None
+    with torch.inference_mode():
+        for some in (photos[:4], photos[4:]):  # a batch that is full, one that is not
+            torch.testing.assert_close(compiled(some), expected(some), atol=1e-4, rtol=1e-4)
+            assert (network(some) - expected(some)).abs().max() > 1e-2
 
 
 def test_a_prediction_that_finds_no_memory_says_what_to_type_and_that_works(job):
     networks, dataset, keys, args = job
 
     class SmallGpu(torch.nn.Module):
+        probabilities = LeafNet.probabilities
+
         def forward(self, images):
             if len(images) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
             return networks[0](images)
 
-    with pytest.raises(InputError, match="the GPU's memory is too small .* type a smaller --val_batch_size than 4$"):
+    with pytest.raises(InputError, match="too little memory .* type a smaller --val_batch_size than 4$"):
         predict({0: SmallGpu(), 3: networks[3]}, dataset, keys, args, "short")
     args = argparse.Namespace(**vars(args) | {"val_batch_size": 2})
     np.testing.assert_allclose(predict({0: SmallGpu()}, dataset, keys[:11], args, "short").sum(1), 1, atol=1e-5)
@@ -86,3 +68,22 @@ def test_a_prediction_that_is_nan_is_refused_with_its_fold(job):
     broken.fc.bias.data[1] = float("nan")
     with pytest.raises(InputError, match="the network of fold 3 predicts nan, so nothing is written"):
         predict({0: networks[0], 3: broken}, dataset, keys, args, "short")
+
+
+def test_folds_take_turns_on_all_devices_and_each_key_gets_the_answer_of_its_own_fold(job):
+    """Two devices are simulated: networks that note when they are used; 11 photos each in batches of 4."""
+    networks, dataset, keys, args = job
+    alone = {
+        fold: predict({fold: network}, dataset, [key for key in keys if key[0] == fold], args, "alone")
+        for fold, network in networks.items()
+    }
+    used = []
+    watched = {fold: copy.copy(network) for fold, network in networks.items()}
+    for fold, network in watched.items():
+        network.register_forward_pre_hook(lambda module, inputs, fold=fold: used.append((fold, len(inputs[0]))))
+    shuffled = [keys[i] for i in np.random.default_rng(0).permutation(len(keys))]
+    found = predict(watched, dataset, shuffled, args, "shuffled")
+    assert used == [(0, 4), (3, 4), (0, 4), (3, 4), (0, 3), (3, 3)]
+    for key, values in zip(shuffled, found, strict=True):
+        np.testing.assert_allclose(values, alone[key[0]][key[2]], atol=1e-5)
+    assert np.abs(alone[0] - alone[3]).max() > 0.05  # another network's answer would be noticed

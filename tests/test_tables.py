@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import blend
-from dataset import mix_labels
+from dataset import mix_labels, read_test_ids
 from harness.console import InputError
 from harness.files import write_csv
 from harness.record import read_own_csv
-from harness.tables import distribution, one_hot, read_table, read_test_ids
-from utils import CLASSES
+from harness.tables import read_table
+from utils import CLASSES, distribution, one_hot
 
 COLUMNS = ("image_id", *CLASSES)
 HEADER = b"image_id,healthy,multiple_diseases,rust,scab\n"
@@ -142,8 +142,8 @@ def test_a_corrupted_row_is_refused_in_one_line_with_its_place(tmp_path, corrupt
 # ---------------------------------------------------------------------------------------------- by name
 
 REFUSED = {  # what is wrong: its bytes (None: no such file), what is said
-    "missing": (None, ["train.csv does not exist; see the README"]),
-    "a folder": ("folder", ["train.csv cannot be read: Is a directory"]),
+    "missing": (None, ["train.csv does not exist (No such file or directory); see the README"]),
+    "a folder": ("folder", ["train.csv cannot be read (Is a directory)"]),
     "empty": (b"", ["cannot be read as CSV in UTF-8"]),
     "only blank lines": (b"\n\r\n\n", ["cannot be read as CSV in UTF-8"]),
     "only a header": (HEADER, ["train.csv: has no rows"]),
@@ -186,7 +186,7 @@ def test_a_csv_file_without_permission_is_named(tmp_path):
     (tmp_path / "train.csv").chmod(0)
     with without_root():
         said = refusal(read_labels, tmp_path / "train.csv")
-    assert said == f"error: {tmp_path / 'train.csv'} cannot be read: Permission denied"
+    assert said == f"error: {tmp_path / 'train.csv'} cannot be read (Permission denied)"
 
 
 # ---------------------------------------------------------------------------- soft labels and submissions, for a and b
@@ -200,10 +200,10 @@ NOT_MATCHING = {  # what is wrong: the rows, what is said; the soft labels are r
     "several at once": (b"a,x,0,0,0\nc,0,0,0,1\n", ["line 2 ('a') has no number", "has no row for b", "row for 'c'"]),
 }
 NO_DISTRIBUTIONS = {  # what is refused as soft labels, but blended with a note: the rows, what is said
-    "a sum that is not 1": ([[1, 0, 0, 0], [0.5, 0.2, 0.2, 0.2]], "1 of 2 rows", "it sums to 1.1"),
-    "averaged ranks": ([[0.25, 0.75, 1.0, 0.5], [0.75, 0.25, 0.5, 1.0]], "2 of 2 rows", "it sums to 2.5"),
-    "ranks of 1,821 photos": ([[1821, 3.5, 17, 900], [2, 8, 1, 4]], "2 of 2 rows", "it holds a value outside 0…1"),
-    "logits": ([[1, 0, 0, 0], [1.2, -0.2, 0, 0]], "1 of 2 rows", "it holds a value outside 0…1"),
+    "a sum that is not 1": ([[1, 0, 0, 0], [0.5, 0.2, 0.2, 0.2]], "1 rows", "it sums to 1.1"),
+    "averaged ranks": ([[0.25, 0.75, 1.0, 0.5], [0.75, 0.25, 0.5, 1.0]], "2 rows", "it sums to 2.5"),
+    "ranks of 1,821 photos": ([[1821, 3.5, 17, 900], [2, 8, 1, 4]], "2 rows", "it holds a value outside 0…1"),
+    "logits": ([[1, 0, 0, 0], [1.2, -0.2, 0, 0]], "1 rows", "it holds a value outside 0…1"),
 }
 
 
@@ -227,7 +227,7 @@ def test_files_that_do_not_match_are_neither_learned_from_nor_blended(tmp_path, 
     ):
         assert "other.csv: " in said and all(word in said for word in words), said
     assert (tmp_path / "mix.csv").read_text() == "older"
-    assert "none.csv does not exist; run the step" in refusal(blend_two, tmp_path, "first.csv", "none.csv")
+    assert "none.csv does not exist (No such file or directory); run the step" in refusal(blend_two, tmp_path, "first.csv", "none.csv")
 
 
 @pytest.mark.parametrize("case", NO_DISTRIBUTIONS)
@@ -281,9 +281,9 @@ def test_soft_labels_are_joined_by_image_id_not_by_row(tmp_path):
 def test_test_photos_come_in_the_row_order_of_sample_submission_and_test_csv_must_have_the_same_ids(tmp_path):
     (tmp_path / "sample_submission.csv").write_bytes(HEADER + b"b,.25,.25,.25,.25\na,.25,.25,.25,.25\n")
     (tmp_path / "test.csv").write_text("image_id\na\nb\n")
-    assert read_test_ids(tmp_path, CLASSES).tolist() == ["b", "a"]
+    assert read_test_ids(tmp_path).tolist() == ["b", "a"]
     (tmp_path / "test.csv").write_text("image_id\na\nc\n")
-    said = refusal(read_test_ids, tmp_path, CLASSES)
+    said = refusal(read_test_ids, tmp_path)
     assert said.endswith("test.csv: has no row for b; has a row for 'c', which is not wanted")
 
 
@@ -294,7 +294,7 @@ def test_test_photos_come_in_the_row_order_of_sample_submission_and_test_csv_mus
 def test_a_damaged_own_csv_is_named(tmp_path, content):
     (tmp_path / "folds.csv").write_bytes(content)
     assert "folds.csv is damaged (" in refusal(read_own_csv, tmp_path / "folds.csv", ["image_id", "fold"])
-    with pytest.raises(InputError, match="cannot read .*: Is a directory"):
+    with pytest.raises(InputError, match="cannot read .*Is a directory"):
         read_own_csv(tmp_path, ["image_id"])
 
 

@@ -10,9 +10,9 @@ import pretrainedmodels
 import pytest
 import torch
 
-from harness import weights
+from harness import backbones
+from harness.backbones import find_weights, load_backbone_weights
 from harness.console import InputError
-from harness.weights import find_weights, load_backbone_weights
 from models import LeafNet
 
 BACKBONE = "se_resnext50_32x4d"
@@ -50,7 +50,7 @@ def host(monkeypatch, tmp_path):
 
     def serve(*folders, port=server.server_port):
         urls = [f"http://127.0.0.1:{port}/{folder}/net{i}-{DIGEST}.pth" for i, folder in enumerate(folders)]
-        monkeypatch.setattr(weights, "weight_sources", lambda backbone: urls)
+        monkeypatch.setattr(backbones, "weight_sources", lambda backbone, config: urls)
 
     yield serve
     server.shutdown()
@@ -62,7 +62,7 @@ def cached(tmp_path):
 
 
 def test_the_first_source_is_the_old_home_and_the_second_the_mirror():
-    first, second = weights.weight_sources(BACKBONE)
+    first, second = backbones.weight_sources(BACKBONE, backbones.own_config(None, BACKBONE))
     assert first == "http://data.lip6.fr/cadene/pretrainedmodels/se_resnext50_32x4d-a260b3a4.pth"
     assert second.startswith("https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-weights/")
     assert second.endswith("/legacy_se_resnext50_32x4d-f3651bad.pth")
@@ -80,13 +80,13 @@ def test_the_first_host_down_the_second_answers(host, tmp_path):
 @pytest.mark.parametrize("fault", ["refuses", "hangs"])
 def test_a_first_host_that_refuses_or_hangs_does_not_keep_the_second_from_answering(host, monkeypatch, fault):
     host("good", "good")
-    urls = weights.weight_sources(BACKBONE)
+    urls = backbones.weight_sources(BACKBONE, None)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         if fault == "hangs":
             silent.listen()  # takes the connection and never answers
         urls[0] = f"http://127.0.0.1:{silent.getsockname()[1]}/net0-{DIGEST}.pth"
-        monkeypatch.setattr(weights, "DOWNLOAD_TIMEOUT", 0.5)
+        monkeypatch.setattr(backbones, "DOWNLOAD_TIMEOUT", 0.5)
         assert find_weights("imagenet", BACKBONE).name == f"net1-{DIGEST}.pth"
     assert socket.getdefaulttimeout() is None
 
@@ -163,11 +163,11 @@ def test_a_file_given_by_hand_fills_the_backbone_and_leaves_the_head(tmp_path):
 
     incomplete = dict(list(original.state_dict().items())[5:])
     torch.save(incomplete, tmp_path / "incomplete.pth")
-    with pytest.raises(InputError, match="does not hold this backbone"):
+    with pytest.raises(InputError, match="does not hold weights of this backbone"):
         load_backbone_weights(LeafNet().backbone, tmp_path / "incomplete.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(InputError, match="does not hold this backbone"):
+    with pytest.raises(InputError, match="does not hold weights of this backbone"):
         load_backbone_weights(LeafNet().backbone, tmp_path / "list.pth")
     (tmp_path / "noise.pth").write_bytes(CONTENT)
-    with pytest.raises(InputError, match="cannot be loaded as weights"):
+    with pytest.raises(InputError, match="does not hold weights of this backbone"):
         load_backbone_weights(LeafNet().backbone, tmp_path / "noise.pth")

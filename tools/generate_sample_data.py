@@ -248,14 +248,11 @@ def true_labels(n, rng):
     for missing in np.flatnonzero(counts == 0):
         counts[counts.argmax()] -= 1
         counts[missing] = 1
-    return [CLASSES[k] for k in rng.permutation(np.repeat(np.arange(len(CLASSES)), counts))]
+    return rng.permutation(np.repeat(CLASSES, counts)).tolist()
 
 
 def with_mistakes(labels, rng):
-    """Copy of the labels with WRONG_SHARE of them (at least 2) wrong.
-
-    multiple_diseases is neither lost nor invented: one class in twenty couldn't bear it in a small sample.
-    """
+    """A copy of the labels with WRONG_SHARE of them (at least 2) wrong, but none of the rare multiple_diseases."""
     labels, common = list(labels), [name for name in CLASSES if name != "multiple_diseases"]
     rows = [row for row, label in enumerate(labels) if label in common]
     for row in rng.choice(rows, max(2, round(WRONG_SHARE * len(labels))), replace=False):
@@ -277,9 +274,8 @@ def write_photo(job, out, photo_size, seed):
 
 def one_hot(split, labels):
     """DataFrame with image_id and one 0/1 column per class, as in train.csv."""
-    frame = pd.DataFrame({name: [int(label == name) for label in labels] for name in CLASSES})
-    frame.insert(0, "image_id", [f"{SPLITS[split]}_{index}" for index in range(len(labels))])
-    return frame
+    table = {"image_id": [f"{SPLITS[split]}_{index}" for index in range(len(labels))]}
+    return pd.DataFrame(table | {name: [int(label == name) for label in labels] for name in CLASSES})
 
 
 def generate(out, n_train, n_test, photo_size, seed, threads):
@@ -316,10 +312,8 @@ def main(argv=None):
     args = parse_args(parser, argv)
     if min(args.n_train, args.n_test) < 8 or min(args.photo_size) < 64:
         raise InputError("--n_train and --n_test must be at least 8, both sides of --photo_size at least 64 pixels")
-    out = Path(args.out)
-    drawn = {name: getattr(args, name) for name in ("n_train", "n_test", "photo_size", "seed")}
-    sample = json.dumps({"renderer_version": RENDERER_VERSION, **drawn}) + "\n"
-    record = out / "sample.json"
+    out, options = Path(args.out), {name: getattr(args, name) for name in ("n_train", "n_test", "photo_size", "seed")}
+    record, sample = out / "sample.json", json.dumps({"renderer_version": RENDERER_VERSION, **options}) + "\n"
     same = record.is_file() and record.read_text() == sample
     if same and (out / "train.csv").is_file():
         return say(f"{out}: already there")
@@ -327,7 +321,7 @@ def main(argv=None):
         raise InputError(f"{out} holds other data: choose another --out, or delete that folder")
     out.mkdir(parents=True, exist_ok=True)
     record.write_text(sample)  # first, so that an interrupted run can be repeated
-    generate(out, threads=args.threads, **drawn)
+    generate(out, threads=args.threads, **options)
     say(f"{out}: {args.n_train} training and {args.n_test} test photos")
 
 

@@ -6,15 +6,14 @@ Reads   demo/: sample/, logs/ (run `make demo` first).
 Writes  docs/schedule.png, docs/augmentations.png, docs/tta.png (docs/error_analysis.jpg is a browser's screenshot).
 """
 
-import pandas as pd
 import torch
 
 from analysis.figures import augmentation_pictures, plt
 from dataset import fit_photo
 from harness.console import Parser, parse_args
 from harness.photos import read_photo
-from harness.prediction import predict
-from inference import load_trained, tta_views
+from harness.tables import read_table
+from inference import load_trained, predict, tta_views
 from models import SCHEDULES
 from tools.demo import FOLDER, REPO
 from utils import CLASSES, make_prediction_parser
@@ -72,9 +71,9 @@ def tta_pictures(image_id):
 
 def main():
     parse_args(Parser(__doc__))
+    train = read_table(FOLDER / "sample" / "train.csv", ("image_id", *CLASSES), hint="run make demo first")
+    photo = read_photo(FOLDER / "sample" / "images" / f"{train['image_id'][train['rust'] == 1].iloc[0]}.jpg")
     draw_schedules(DOCS / "schedule.png")
-    train = pd.read_csv(FOLDER / "sample" / "train.csv", index_col="image_id")
-    photo = read_photo(FOLDER / "sample" / "images" / f"{train.index[train['rust'] == 1][0]}.jpg")
     draw_grid(DOCS / "augmentations.png", augmentation_pictures(fit_photo(photo, SIZE)), columns=4, width=3)
     draw_grid(DOCS / "tta.png", list(tta_pictures("Test_4")), columns=3, width=4)
 
