@@ -10,12 +10,12 @@ Expect  0.98354 public and 0.98253 private at Kaggle (published).
 from harness.console import Parser, file_or_folder, parse_args, positive, say
 from harness.files import write_csv
 from harness.tables import read_table
-from utils import CLASSES, N_FOLDS, distribution, output_name
+from utils import CLASSES, distribution, output_name
 
 
 def main(args):
     columns, classes = ("image_id", *CLASSES), list(CLASSES)
-    *submissions, output = [output_name(name, args) for name in [*args.submissions, args.output]]
+    *submissions, output = [output_name(name, args.limit) for name in [*args.submissions, args.output]]
     mix, tables = None, []
     for path in submissions:
         wanted = None if mix is None else mix["image_id"]
@@ -45,5 +45,4 @@ if __name__ == "__main__":
     files.add_argument(
         "--output", type=file_or_folder, default="submission_mix.csv", metavar="CSV", help="where the mean goes"
     )
-    parser.set_defaults(folds=list(range(N_FOLDS)))
     main(parse_args(parser))

@@ -21,7 +21,7 @@ from inference import load_trained, predict_tta
 
 def main(args):
     _, networks = load_trained(args)
-    name = output_name("submission_distill.csv", args)
+    name = output_name("submission_distill.csv", args.limit, args.folds)
     check_writable(name)
     submission = predict_tta(args, networks, *read_test(args), keep_as="test")
     write_csv(name, submission)

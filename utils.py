@@ -125,11 +125,11 @@ def make_prediction_parser(doc, log_dir="logs"):
     return parser
 
 
-def output_name(name, args):
-    """The name of a CSV file that a step writes: another one for a part of the data or of the folds."""
-    limit = "" if args.limit is None else f"-limit={args.limit}"
-    folds = "" if len(args.folds) == N_FOLDS else f"-folds={','.join(map(str, args.folds))}"
-    return name.replace(".csv", f"{limit}{folds}.csv")
+def output_name(name, limit, folds=range(N_FOLDS)):
+    """The name of a CSV file that a step writes: another one for a part of the photos (--limit) or of the folds."""
+    part = "" if limit is None else f"-limit={limit}"
+    part += "" if len(folds) == N_FOLDS else f"-folds={','.join(map(str, folds))}"
+    return name.replace(".csv", f"{part}.csv")
 
 
 # ---------------------------------------------------------------------------------------------- what labels must be

@@ -210,8 +210,7 @@ NO_DISTRIBUTIONS = {  # what is refused as soft labels, but blended with a note:
 def blend_two(folder, first, second):
     """Blend two files of a folder into mix.csv there."""
     names = [str(folder / name) for name in (first, second)]
-    folds = {"limit": None, "folds": list(range(5))}
-    blend.main(Namespace(submissions=names, output=str(folder / "mix.csv"), **folds))
+    blend.main(Namespace(submissions=names, output=str(folder / "mix.csv"), limit=None))
     return pd.read_csv(folder / "mix.csv")
 
 
@@ -227,7 +226,9 @@ def test_files_that_do_not_match_are_neither_learned_from_nor_blended(tmp_path, 
     ):
         assert "other.csv: " in said and all(word in said for word in words), said
     assert (tmp_path / "mix.csv").read_text() == "older"
-    assert "none.csv does not exist (No such file or directory); run the step" in refusal(blend_two, tmp_path, "first.csv", "none.csv")
+    assert "none.csv does not exist (No such file or directory); run the step" in refusal(
+        blend_two, tmp_path, "first.csv", "none.csv"
+    )
 
 
 @pytest.mark.parametrize("case", NO_DISTRIBUTIONS)

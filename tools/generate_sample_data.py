@@ -306,7 +306,7 @@ def main(argv=None):
     parser.add_argument("--out", type=file_or_folder, default="data_sample", help="folder to write")
     parser.add_argument("--n_train", type=positive, default=240, help="number of training photos")
     parser.add_argument("--n_test", type=positive, default=120, help="number of test photos")
-    parser.add_argument("--photo_size", **size, default=[256, 384], help="in pixels (the competition's: 1365 2048)")
+    parser.add_argument("--photo_size", **size, default=[256, 384], help="height and width, in pixels")
     parser.add_argument("--seed", type=not_negative, default=2020, help="another seed draws other leaves")
     parser.add_argument("--threads", type=positive, default=min(8, cpu_count()), help="photos drawn at the same time")
     args = parse_args(parser, argv)

@@ -330,8 +330,12 @@ def main(args):
 if __name__ == "__main__":
     parser = console.Parser(__doc__)
     size, count = {"type": console.pixels, "nargs": 2, "metavar": ("H", "W")}, {"type": console.positive, "nargs": "+"}
-    parser.add_argument("--image_size", **size, help="of the photos; by default 480 768 on a GPU, 64 96 on a CPU")
-    parser.add_argument("--batches", **count, default=[8, 16, 32], metavar="N", help="on a CPU only the first is tried")
+    parser.add_argument(
+        "--image_size", **size, help="height and width of the photos; by default 480 768, on a CPU 64 96"
+    )
+    parser.add_argument(
+        "--batches", **count, default=[8, 16, 32], metavar="N", help="batch sizes to try, on a CPU the first"
+    )
     workers = {"type": console.not_negative, "default": min(8, cpu_count())}
     parser.add_argument("--num_workers", **workers, help="processes that load photos")
     parser.add_argument("--quick", action="store_true", help="leave out what takes minutes: trainings, --compile")

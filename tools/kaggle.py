@@ -95,23 +95,26 @@ def main():
     """Read the command line and pack."""
     parser = Parser(__doc__)
     parser.add_argument("name", type=kaggle_name, help="your name at Kaggle, as in the address of your profile")
-    parser.add_argument("--session", type=positive, default=1, metavar="N", help="number of this session")
-    parser.add_argument("--options", default=OPTIONS, help="options of train.py, in quotes")
-    files = {"type": packable_file, "nargs": "+", "default": [], "metavar": "FILE"}
+    parser.add_argument(
+        "--session", type=positive, default=1, metavar="N", help="2 for the one that goes on from the first, …"
+    )
+    parser.add_argument("--options", default=OPTIONS, help="options of train.py, in quotes: --options='…'")
+    files = {"type": packable_file, "nargs": "+", "metavar": "FILE"}
     parser.add_argument(
         "--files", **files, help="files that an edit of the recipe reads, such as a CSV of an earlier run"
     )
-    data = {"nargs": "+", "default": [], "metavar": "OWNER/NAME"}
-    parser.add_argument("--dataset", **data, help="Kaggle data sets to attach: ImageNet weights, Python wheels")
+    parser.add_argument(
+        "--dataset", nargs="+", metavar="OWNER/NAME", help="Kaggle data sets to attach: ImageNet weights, Python wheels"
+    )
     parser.add_argument(
         "--hours", type=positive_number, default=11.5, help="stop after this time; what is done is kept"
     )
     parser.add_argument("--out", type=file_or_folder, default="kaggle_push", metavar="FOLDER", help="folder to write")
     args = parse_args(parser)
     script = Path(args.out) / "run.py"
-    write_script(script, args.files, options=args.options, session=args.session, hours=args.hours)
+    write_script(script, args.files or [], options=args.options, session=args.session, hours=args.hours)
     with atomic_write(Path(args.out) / "kernel-metadata.json", "w") as file:
-        json.dump(describe_kernel(args.name, args.session, args.dataset), file, indent=2)
+        json.dump(describe_kernel(args.name, args.session, args.dataset or []), file, indent=2)
     push = f"kaggle kernels push -p {args.out} --accelerator NvidiaTeslaT4 --timeout 42600"
     say(f"wrote {script} ({script.stat().st_size / 1e3:.0f} kB) and kernel-metadata.json. Now: {push}")
 
