@@ -130,7 +130,7 @@ def parse_args(parser, argv=None):
             stream.reconfigure(errors="backslashreplace")
     argv, known = list(sys.argv[1:] if argv is None else argv), parser._option_string_actions
     for option in (word.split("=")[0] for word in argv[: argv.index("--") if "--" in argv else None]):
-        if re.match("--?[A-Za-z]", option) and option not in known:  # allow_abbrev=False leaves -t for -tbs alone
+        if re.fullmatch(r"--?[A-Za-z]\S*", option) and option not in known:  # allow_abbrev=False leaves -t for -tbs
             close = "".join(f", did you mean {name}?" for name in difflib.get_close_matches(option, known, n=1))
             parser.error(f"unrecognized option {option}{close}")
     unset, defaults = object(), {action.dest: parser.get_default(action.dest) for action in parser._actions}

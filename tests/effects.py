@@ -298,9 +298,9 @@ def flip_tta():
         seen.update({key: dataset[key]["image"].numpy() for key in keys})
         return np.full((len(keys), 4), 0.25, np.float32)
 
-    inference.predict, inference.KeptPredictions = look, lambda *arguments: None
-    args = Namespace(seed=2020, tta_draws=4, val_batch_size=8)
-    frame = inference.predict_test(args, {0: None, 3: None}, pd.Series(["Test_0", "Test_1"]), photos)
+    inference.predict = look
+    args = Namespace(seed=2020, tta_draws=8, val_batch_size=8)
+    frame = inference.predict_tta(args, {0: None, 3: None}, pd.Series(["Test_0", "Test_1"]), photos)
     assert len(seen) == 2 * 2 * 4 and np.allclose(frame[list(CLASSES)], 0.25)
     for fold, row in itertools.product((0, 3), (0, 1)):
         photo = photos[row]

@@ -14,7 +14,7 @@ import models
 import train
 from harness import devices
 from harness.console import InputError, parse_args, say
-from harness.devices import check_gpus, choose_device, choose_precision, compute_exactly, refuse_out_of_memory
+from harness.devices import check_gpus, choose_device, choose_precision, compute_exactly, enough_memory
 from harness.run import Run
 from inference import load_trained
 from utils import CLASSES, make_prediction_parser, make_training_parser, split_folds
@@ -239,12 +239,18 @@ OUT_OF_MEMORY = [
 ]
 
 
+def fail(error):
+    with enough_memory("do this"):
+        raise error
+
+
 def test_errors_of_memory_are_recognised_whoever_raises_them():
     for error in OUT_OF_MEMORY:
-        assert re.match(
-            r"error: too little memory \([^\n]+\): do this$", refusal(refuse_out_of_memory, error, "do this")
-        )
-    refuse_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "do this")
+        assert re.match(r"error: too little memory \([^\n]+\): do this$", refusal(fail, error))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fail(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    worker = RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed.")
+    assert "a process that loads photos has ended" in refusal(fail, worker)
 
 
 def test_an_out_of_memory_error_says_what_to_type_and_that_works(sample, tmp_path, monkeypatch):

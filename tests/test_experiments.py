@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import QUICK, REPO, run_script
+from conftest import QUICK, REPO, copy_recipe, run_script, shared_folder
 
 from utils import CLASSES
 
@@ -37,29 +37,19 @@ def count_lines(name):
     return {file: (int(added), int(removed)) for added, removed, file in rows}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def copy(tmp_path_factory):
     """A function of an experiment's name: a copy of the recipe and its rooms with that diff applied, made once."""
-    made = {}
 
-    def make(name):
-        if name not in made:
-            folder = made[name] = tmp_path_factory.mktemp("copy") / name
-            folder.mkdir()
-            for path in [*REPO.glob("*.py"), REPO / "pyproject.toml"]:
-                shutil.copy(path, folder)
-            for room in ("harness", "analysis"):
-                shutil.copytree(REPO / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
-            outside = {
-                **os.environ,
-                "GIT_CEILING_DIRECTORIES": str(folder.parent),
-            }  # a repository around is none of ours
-            git = ["git", "apply", REPO / "experiments" / f"{name}.diff"]
-            done = subprocess.run(git, cwd=folder, env=outside, text=True, capture_output=True)
-            assert done.returncode == 0, done.stderr
-        return made[name]
+    def fill(folder, name):
+        copy_recipe(folder / "repo")
+        shutil.copy(REPO / "pyproject.toml", folder / "repo")
+        outside = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder)}  # a repository around is none of ours
+        git = ["git", "apply", REPO / "experiments" / f"{name}.diff"]
+        done = subprocess.run(git, cwd=folder / "repo", env=outside, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
 
-    return make
+    return lambda name: shared_folder(tmp_path_factory, f"with_{name}", lambda folder: fill(folder, name)) / "repo"
 
 
 # ---------------------------------------------------------------------------------------------- the diffs themselves
@@ -125,21 +115,23 @@ def test_the_effect_is_there_with_the_diff_and_only_with_it(name, copy, tmp_path
     assert plain.returncode == 1 and "AssertionError" in plain.stderr, plain.stderr
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def plain(sample, tmp_path_factory):
     """A folder with what the experiments read, and one fold trained by the recipe as it stands, on hard and soft labels."""
-    folder = tmp_path_factory.mktemp("plain")
-    rng, classes = np.random.default_rng(0), list(CLASSES)
-    for name, output in (("train", "soft_labels.csv"), ("sample_submission", "submission.csv")):
-        frame = pd.read_csv(sample / f"{name}.csv")
-        frame[classes] = rng.dirichlet(np.ones(4), len(frame))
-        frame.to_csv(folder / output, index=False)
-    near = pd.read_csv(sample / "train.csv")[["image_id"]].assign(near_duplicates="")
-    near.loc[:1, "near_duplicates"] = near["image_id"][[1, 0]].to_numpy()
-    near.to_csv(folder / "error_analysis.csv", index=False)
-    train(REPO, sample, folder, [])
-    train(REPO, sample, folder, ["--soft_labels_filename", "soft_labels.csv", "--log_dir", "logs_submit_distill"])
-    return folder
+
+    def fill(folder):
+        rng, classes = np.random.default_rng(0), list(CLASSES)
+        for name, output in (("train", "soft_labels.csv"), ("sample_submission", "submission.csv")):
+            frame = pd.read_csv(sample / f"{name}.csv")
+            frame[classes] = rng.dirichlet(np.ones(4), len(frame))
+            frame.to_csv(folder / output, index=False)
+        near = pd.read_csv(sample / "train.csv")[["image_id"]].assign(near_duplicates="")
+        near.loc[:1, "near_duplicates"] = near["image_id"][[1, 0]].to_numpy()
+        near.to_csv(folder / "error_analysis.csv", index=False)
+        train(REPO, sample, folder, [])
+        train(REPO, sample, folder, ["--soft_labels_filename", "soft_labels.csv", "--log_dir", "logs_submit_distill"])
+
+    return shared_folder(tmp_path_factory, "plain", fill)
 
 
 def train(repo, sample, cwd, options, epochs=2, **settings):
@@ -178,16 +170,14 @@ def test_a_training_with_the_diff_is_another_one(name, copy, plain, sample, tmp_
         assert folds["fold"][0] == folds["fold"][1]
     if name in ("weights_average", "pseudo_labels"):  # step 2 reads the folds, and makes the same of the checkpoint
         script = str(copy(name) / "generate_soft_labels.py")
-        run_script(script, "--log_dir", logs, "--folds", 0, "--tta_draws", 1, "--num_workers", 0, cwd=work)
-        soft = read(work, "soft_labels.csv")
+        run_script(script, "--log_dir", logs, "--folds", 0, "--num_workers", 0, cwd=work)
+        soft = read(work, "soft_labels-folds=0.csv")
         seen = read(logs, "out_of_fold.csv").set_index("image_id").loc[soft["image_id"], list(CLASSES)]
         np.testing.assert_allclose(seen, soft[list(CLASSES)], atol=1e-5)
     if name == "pseudo_labels":
-        assert "41 photos, a fold validates on 8 of them; every fold trains on 12 more; " in said
+        assert "41 photos in 5 folds, all of them on 12 more" in said
         assert recorded["pseudo labels"] == sha256((plain / "submission.csv").read_bytes()).hexdigest()
         assert set(recorded) - set(usual) == {"pseudo labels", "the photos of no fold"}
-        shutil.copy(
-            plain / "soft_labels.csv", work
-        )  # but submission.csv is now what step 2 has made of the new networks
+        (work / "submission-folds=0.csv").rename(work / "submission.csv")  # what step 2 has made of the new networks
         refused = train(copy(name), sample, work, options, epochs, check=False)
         assert refused.returncode == 1 and "pseudo labels: changed" in refused.stderr

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import run_script
 from pytorch_lightning.plugins import MixedPrecision
+from torch._inductor import config as inductor
 
 from tools import gpu_check
 
@@ -118,7 +119,9 @@ def test_a_killed_training_is_compared_with_one_that_was_not(machine, monkeypatc
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     row = next(gpu_check.check_resume(machine))
     assert (row["result"], row["value"], row["about"]) == ("ok", 0, "to the bit")
-    with pytest.raises(RuntimeError, match="status 0"):  # it is finished: a training that was not killed is no proof
+    ended = SimpleNamespace(returncode=0, stderr="")
+    monkeypatch.setattr(gpu_check, "subprocess", SimpleNamespace(run=lambda *_, **__: ended))
+    with pytest.raises(RuntimeError, match="status 0"):  # a training that was not killed is no proof
         gpu_check.train(machine, "training", killed_before=2)
 
 
@@ -149,7 +152,9 @@ def test_compiled_trainings_and_those_on_two_gpus_are_run(machine, monkeypatch):
     trainings, compiled, two = Trainings(), [], ("--gpus", 0, 1)
     monkeypatch.setattr(gpu_check, "train", trainings)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
-    n = 1 + hasattr(torch._inductor.config, "deterministic")
+    n = 1 + hasattr(inductor, "deterministic")
+    for name in ("deterministic",)[: n - 1]:
+        monkeypatch.setattr(inductor, name, False)  # which is put back in the end
     assert results(gpu_check.measure_compiling(machine)) == ["figure", "ok"] * n and len(compiled) == n
     kills = [("--compile",), 99], [("--compile",), 2], [("--compile",), 99]
     expected = [(*kill, {"TORCHINDUCTOR_DETERMINISTIC": str(how)}) for how in range(n) for kill in kills]

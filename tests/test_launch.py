@@ -104,7 +104,7 @@ def test_an_error_in_one_of_two_processes_ends_both_with_one_line(sample, tmp_pa
     failed = train(sample, tmp_path, "--folds", 0, "--cpu_processes", 2, check=False)
     assert failed.returncode == 1 and not (tmp_path / "logs" / "results.csv").exists()
     errors = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == ["error: cannot delete logs/metrics/fold=0.csv: Is a directory"]
+    assert errors == ["error: cannot delete logs/metrics/fold=0.csv (Is a directory)"]
     assert "Traceback" not in failed.stderr
 
 
@@ -112,7 +112,7 @@ def test_a_fold_that_fails_in_parallel_is_named_and_the_others_are_done(sample, 
     (tmp_path / "logs" / "metrics" / "fold=1.csv" / "in the way").mkdir(parents=True)
     done = train(sample, tmp_path, "--folds", 0, 1, 2, "--cpu_processes", 2, "--parallel_folds", check=False)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: fold 1 failed, see above; the same")
-    assert "fold 1 | error: cannot delete logs/metrics/fold=1.csv: Is a directory" in done.stderr
+    assert "fold 1 | error: cannot delete logs/metrics/fold=1.csv (Is a directory)" in done.stderr
     assert pd.read_csv(tmp_path / "logs" / "results.csv")["fold"].tolist() == [0, 2]
 
 
@@ -310,7 +310,7 @@ def test_the_shell_of_an_allocation_is_no_step_of_srun(monkeypatch):
         monkeypatch.setenv("SLURM_STEP_ID", step)
         assert find_processes()[1:] == (1, 1)
     monkeypatch.setenv("SLURM_STEP_ID", "0")
-    with pytest.raises(InputError, match="give --ntasks-per-node in place of --ntasks"):
+    with pytest.raises(InputError, match=r"SLURM \(.*ntasks-per-node.*docs/clusters.md"):
         find_processes()
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
     assert find_processes()[1:] == (4, 2)

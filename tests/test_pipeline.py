@@ -8,12 +8,12 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import REPO, SMALL, run_script
+from conftest import QUICK, REPO, SMALL, run_script, shared_folder
 from filelock import FileLock
-from harness.log_dir import FORMAT
 
 from dataset import LeafDataset, load_photo, train_augmentation
-from models import LeafNet, load_network
+from harness.record import record_path
+from models import load_network
 from tools import demo
 from utils import CLASSES, column_aucs, mean_auc, split_folds
 
@@ -32,10 +32,16 @@ def five_steps(folder, sample, *options, cold=False):
     ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def done(sample, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    return folder, five_steps(folder, sample)
+    """A folder in which the five steps were run, and what each of them printed."""
+
+    def fill(folder):
+        for step, said in enumerate(five_steps(folder, sample), 1):
+            (folder / f"step {step}.txt").write_text(said)
+
+    folder = shared_folder(tmp_path_factory, "pipeline", fill)
+    return folder, [(folder / f"step {step}.txt").read_text() for step in range(1, 6)]
 
 
 def read(path):
@@ -92,10 +98,10 @@ def test_soft_labels_come_from_the_network_that_has_not_seen_the_photo(done, sam
         checkpoint = results.set_index("fold").loc[folds[row], "checkpoint"]
         photo = load_photo(sample / "images" / f"{soft['image_id'][row]}.jpg", (32, 64))
         with torch.no_grad():
-            network = load_network(folder / "logs" / checkpoint, LeafNet())
+            network = load_network(folder / "logs" / checkpoint, "se_resnext50_32x4d")
             expected = network(torch.from_numpy(photo)[None]).softmax(1)[0].numpy()
             other = results.set_index("fold").loc[(folds[row] + 1) % 5, "checkpoint"]
-            network = load_network(folder / "logs" / other, LeafNet())
+            network = load_network(folder / "logs" / other, "se_resnext50_32x4d")
             wrong = network(torch.from_numpy(photo)[None]).softmax(1)[0].numpy()
         assert np.abs(wrong - expected).max() > 1e-3
         np.testing.assert_allclose(soft.loc[row, list(CLASSES)].to_numpy(float), expected, atol=2e-5)
@@ -125,7 +131,7 @@ def test_a_submission_is_the_mean_of_five_networks_times_eight_augmented_views(d
         views = torch.stack([data[fold, draw, 0]["image"] for draw in range(8)])
         assert len({view.numpy().tobytes() for view in views}) == 8
         with torch.no_grad():
-            network = load_network(folder / "logs" / checkpoint, LeafNet())
+            network = load_network(folder / "logs" / checkpoint, "se_resnext50_32x4d")
             total.append(network(views).softmax(1).mean(0).numpy())
     assert len(test_ids) == 12
     np.testing.assert_allclose(read(folder / "submission.csv")[3], np.mean(total, axis=0), atol=2e-5)
@@ -168,17 +174,20 @@ def test_a_rerun_skips_finished_folds_and_refuses_what_has_changed(done, sample,
     assert refused.returncode == 1 and "the photos: changed" in refused.stderr
 
 
-def test_a_fold_in_work_cannot_be_started_again_nor_mixed_with_other_options(sample, tmp_path):
-    train = ["train.py", "--data_dir", sample, *SMALL]
-    (tmp_path / "logs").mkdir()
-    record = {"format": FORMAT, "options": {"seed": 2020}, "fingerprints": {}}
-    (tmp_path / "logs" / "hparams.yaml").write_text(yaml.safe_dump(record))
-    with FileLock(tmp_path / "logs" / ".fold=0.lock"):  # as the process that trains fold 0 holds it
-        twice = run_script(*train, "--folds", 0, cwd=tmp_path, check=False)
-        assert twice.returncode == 1 and "another process is training fold 0" in twice.stderr
-        mixed = run_script(*train, "--folds", 1, "--seed", 1, cwd=tmp_path, check=False)
-        assert mixed.returncode == 1 and "seed was 2020, is 1" in mixed.stderr
-    assert not list((tmp_path / "logs").glob("*.ckpt"))
+def test_a_fold_in_training_cannot_be_started_again_nor_mixed_with_other_options(run, sample):
+    """As the process that trains fold 1 holds its lock, when its result is not yet there."""
+    train = ["train.py", "--data_dir", sample, *QUICK]
+    path = record_path(run / "logs", 1)
+    path.write_text(path.read_text().split("result:")[0])
+    with FileLock(run / "logs" / ".fold=1.lock"):
+        for folds, options, words in (
+            ([1], [], "another process is training fold 1"),
+            ([0, 2], ["--seed", 1], "seed was 2020, is 1"),
+        ):
+            done = run_script(*train, "--folds", *folds, *options, cwd=run, check=False)
+            assert done.returncode == 1 and words in done.stderr
+        run_script(*train, "--folds", 2, cwd=run)
+    assert pd.read_csv(run / "logs" / "results.csv")["fold"].tolist() == [0, 2]
 
 
 def test_fresh_trains_the_named_folds_anew_and_lost_results_come_back(done, sample, tmp_path):
@@ -198,7 +207,7 @@ def test_prediction_refuses_what_contradicts_the_training(done, sample, tmp_path
     for option, hint in [
         (["--image_size", 64, 64], "was trained with --image_size 32 64"),
         (["--backbone", "resnet18"], "was trained with --backbone se_resnext50_32x4d"),
-        (["--log_dir", "elsewhere"], "train first"),
+        (["--log_dir", "elsewhere"], "elsewhere/hparams.yaml is missing: name the --log_dir of a training"),
     ]:
         refused = run_script("generate_soft_labels.py", *option, cwd=folder, check=False)
         assert refused.returncode == 1 and hint in refused.stderr

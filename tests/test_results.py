@@ -1,7 +1,8 @@
-"""results/: what its pages and the README say is what the files beside them give."""
+"""results/: what its pages and the README say is what the files beside them give; and the pictures of the docs."""
 
 import re
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +10,7 @@ from conftest import REPO
 
 from analysis.runs import read_run
 from analysis.statistics import compare
+from tools import make_figures
 from utils import CLASSES, mean_auc
 
 LEAVES = REPO / "results" / "leaves"
@@ -36,3 +38,18 @@ def test_the_blends_of_real_leaves_are_the_means_of_both_rounds():
         one, two, mix = (part.set_index("image_id")[list(CLASSES)] for part in parts)
         assert len(mix) == 1179
         pd.testing.assert_frame_equal(mix, (one + two) / 2)
+
+
+@pytest.mark.slow
+def test_the_pictures_of_the_docs_can_be_drawn(trained, tmp_path, monkeypatch):
+    (tmp_path / "sample").symlink_to(trained / "leaves")
+    (tmp_path / "logs").symlink_to(trained / "logs")
+    parse = make_figures.parse_args
+    monkeypatch.setattr(make_figures, "parse_args", lambda parser, argv=(): parse(parser, argv))
+    for name in ("FOLDER", "DOCS"):
+        monkeypatch.setattr(make_figures, name, tmp_path)
+    make_figures.main()
+    for name in ("schedule.png", "augmentations.png", "tta.png"):
+        assert cv2.imread(str(tmp_path / name)).std() > 10
+    titles = [title for title, _ in make_figures.tta_pictures("Test_4")]
+    assert len(titles) == 9 and titles[0].startswith("mean of the views\nhealthy 0.")

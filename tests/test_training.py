@@ -6,7 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-import harness.run
+import harness.devices
 import models
 import train
 from dataset import EpochSampler, LeafDataset
@@ -30,7 +30,8 @@ def train_on(args, data):
     """Train the folds of args as train.main does, but on given data."""
     run = Run(args, 5, CLASSES)
     run.inputs = {}
-    with run.begin(data, None, lambda: train.LeafNet(args.backbone), train.fit_photo):
+    module = train.make_module(args, args.folds[0], None)
+    with run.begin(data, None, module, lambda path: train.load_network(path, args.backbone), train.fit_photo):
         for fold in run.folds_left():
             train.train_fold(args, fold, data, None, run)
     return run.summarise()
@@ -148,7 +149,7 @@ def test_a_precision_reaches_the_trainer_and_16_bits_come_with_our_loss_scaler(
     precision, expected, monkeypatch, tmp_path
 ):
     """As on a GPU: on a CPU --precision 16 is refused."""
-    monkeypatch.setattr(harness.run, "choose_precision", lambda asked, device: precision)
+    monkeypatch.setattr(harness.devices, "choose_precision", lambda asked, device: precision)
     run = Run(parse_args(make_training_parser(train.__doc__), ["--log_dir", str(tmp_path)]), 5, CLASSES)
     trainer = pl.Trainer(precision=run.precision, plugins=run.plugins, accelerator=run.accelerator, logger=False)
     assert trainer.precision == expected

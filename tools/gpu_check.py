@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,11 +102,12 @@ def check_gradients(m):
     yield row("fp16: the gradient is clipped after unscaling", norm, holds=0.9 < norm < 1.001, about=about)
 
 
-# Runs train.py: it can go on after every epoch, and is killed before the epoch of the first argument.
+# Runs train.py so that it keeps a resume point after every epoch, and kills it before the epoch of the first argument.
 KILLED = """
 import os, runpy, sys
-from harness import callbacks
 epoch, *sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+from harness import callbacks
 callbacks.RESUME_EVERY = -1
 keep = callbacks.ResumePoint.on_train_epoch_start
 def keep_and_die(self, trainer, module):
@@ -129,7 +131,7 @@ def train(m, log_dir, *options, killed_before=99, **environment):
     words += [*(["--gpus", m.device.index] if m.gpus else []), *options]
     command = [sys.executable, "-c", KILLED, str(killed_before), str(REPO / "train.py"), *map(str, words)]
     with tempfile.TemporaryDirectory() as cache:  # as on another machine, where nothing is compiled already
-        environment = {**os.environ, "PYTHONPATH": str(REPO), "TORCHINDUCTOR_CACHE_DIR": cache, **environment}
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, **environment}
         done = subprocess.run(command, cwd=m.folder, env=environment, capture_output=True, text=True, timeout=1800)
     if done.returncode != (9 if killed_before < 99 else 0):
         raise RuntimeError(f"train.py ended with status {done.returncode}: {''.join(done.stderr.splitlines()[-1:])}")
@@ -248,6 +250,7 @@ def measure_prediction(m):
     images, _ = draw_batch(m.device, m.batch, m.size)
     ours, simple = draw_network(m.device).eval(), draw_network(m.device, plain=True).eval()
     fold_batch_norm(ours.backbone)
+    ours.to(memory_format=torch.channels_last)
 
     def predict(network, precision="32"):
         with torch.inference_mode(), devices.autocast(m.device.type, precision):
@@ -271,8 +274,12 @@ def estimate_hours(m):
 
 def measure_compiling(m):
     """What --compile does to the time of a training step, and to a training that is killed and continued."""
-    for how in ("--compile", "--compile, deterministic")[: 1 + hasattr(torch._inductor.config, "deterministic")]:
-        torch._inductor.config.deterministic = "deterministic" in how
+    from torch._inductor import config
+
+    for how in ("--compile", "--compile, deterministic")[
+        : 1 + hasattr(config, "deterministic")
+    ]:  # older torch lacks it
+        config.deterministic = "deterministic" in how
         torch.compiler.reset()
         started, step = time.perf_counter(), make_step(m, compiled=True)
         step()
@@ -290,6 +297,7 @@ SLOW = [check_resume, check_several, measure_compiling]
 
 def main(args):
     console.quiet_libraries()
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
     devices.compute_exactly("32")
     kind, indices = devices.choose_device(None)
     m = SimpleNamespace(device=torch.device(kind, indices[0]), gpus=indices if kind == "cuda" else [])
@@ -298,11 +306,9 @@ def main(args):
     m.batch, m.num_workers, m.precision = m.batches[0], args.num_workers, devices.choose_precision(None, kind)
     name, software = "CPU: there is no GPU", devices.describe_environment()
     if m.gpus:
-        name, driver = (
-            torch.cuda.get_device_name(m.device),
-            "nvidia-smi --query-gpu=driver_version --format=csv,noheader",
-        )
-        software |= {"cuda": torch.version.cuda, "driver": subprocess.getoutput(driver)}
+        name = torch.cuda.get_device_name(m.device)
+        driver = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
+        software |= {"cuda": torch.version.cuda, "driver": driver}
     record = {"device": name, "size": m.size, "num_workers": m.num_workers, "environment": software, "checks": []}
     print(f"{name}; torch {torch.__version__}, photos of {m.size[0]}x{m.size[1]}", flush=True)
 
@@ -328,16 +334,11 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = console.Parser(__doc__)
-    size, count = {"type": console.pixels, "nargs": 2, "metavar": ("H", "W")}, {"type": console.positive, "nargs": "+"}
-    parser.add_argument(
-        "--image_size", **size, help="height and width of the photos; by default 480 768, on a CPU 64 96"
-    )
-    parser.add_argument(
-        "--batches", **count, default=[8, 16, 32], metavar="N", help="batch sizes to try, on a CPU the first"
-    )
-    workers = {"type": console.not_negative, "default": min(8, cpu_count())}
-    parser.add_argument("--num_workers", **workers, help="processes that load photos")
-    parser.add_argument("--quick", action="store_true", help="leave out what takes minutes: trainings, --compile")
-    parser.add_argument("--out", type=console.file_or_folder, default="gpu_check.json", help="file for the table")
+    parser, size = console.Parser(__doc__), {"type": console.pixels, "nargs": 2, "metavar": ("H", "W")}
+    add, count = parser.add_argument, {"type": console.positive, "nargs": "+", "metavar": "N"}
+    add("--image_size", **size, help="height and width of the photos; by default 480 768, on a CPU 64 96")
+    add("--batches", **count, default=[8, 16, 32], help="batch sizes to try, on a CPU the first")
+    add("--num_workers", type=console.not_negative, default=min(8, cpu_count()), help="processes that load photos")
+    add("--quick", action="store_true", help="leave out what takes minutes: trainings, --compile")
+    add("--out", type=console.file_or_folder, default="gpu_check.json", help="file for the table")
     main(console.parse_args(parser))

@@ -94,22 +94,14 @@ def packable_file(text):
 def main():
     """Read the command line and pack."""
     parser = Parser(__doc__)
-    parser.add_argument("name", type=kaggle_name, help="your name at Kaggle, as in the address of your profile")
-    parser.add_argument(
-        "--session", type=positive, default=1, metavar="N", help="2 for the one that goes on from the first, …"
-    )
-    parser.add_argument("--options", default=OPTIONS, help="options of train.py, in quotes: --options='…'")
-    files = {"type": packable_file, "nargs": "+", "metavar": "FILE"}
-    parser.add_argument(
-        "--files", **files, help="files that an edit of the recipe reads, such as a CSV of an earlier run"
-    )
-    parser.add_argument(
-        "--dataset", nargs="+", metavar="OWNER/NAME", help="Kaggle data sets to attach: ImageNet weights, Python wheels"
-    )
-    parser.add_argument(
-        "--hours", type=positive_number, default=11.5, help="stop after this time; what is done is kept"
-    )
-    parser.add_argument("--out", type=file_or_folder, default="kaggle_push", metavar="FOLDER", help="folder to write")
+    add, files = parser.add_argument, {"type": packable_file, "nargs": "+", "metavar": "FILE"}
+    add("name", type=kaggle_name, help="your name at Kaggle, as in the address of your profile")
+    add("--session", type=positive, default=1, metavar="N", help="2 for the one that goes on from the first, …")
+    add("--options", default=OPTIONS, help="options of train.py, in quotes: --options='…'")
+    add("--files", **files, help="files that an edit of the recipe reads, such as a CSV of an earlier run")
+    add("--dataset", nargs="+", metavar="OWNER/NAME", help="data sets to attach: ImageNet weights, Python wheels")
+    add("--hours", type=positive_number, default=11.5, help="stop after this time; what is done is kept")
+    add("--out", type=file_or_folder, default="kaggle_push", metavar="FOLDER", help="folder to write")
     args = parse_args(parser)
     script = Path(args.out) / "run.py"
     write_script(script, args.files or [], options=args.options, session=args.session, hours=args.hours)
