@@ -203,6 +203,8 @@ def main(args):
     train = read_train(args).reset_index(drop=True)
     folds = read_folds(args.log_dir, train["image_id"])
     table = tabulate(train, folds, predict_out_of_fold(args, train, folds, networks))
+    labels, probabilities = np.eye(len(CLASSES))[class_numbers(table["label"])], table[list(CLASSES)]
+    auc, aucs = mean_auc(labels, probabilities), column_aucs(labels, probabilities)
 
     paths = photo_paths(Path(args.data_dir) / "images", table["image_id"])
     with ThreadPoolExecutor(cpu_count()) as pool:
@@ -219,8 +221,6 @@ def main(args):
     }
     for row in {*suspects[: args.worst], *sum(contradicting[: args.worst] + leaking[: args.worst], ())} - set(pictures):
         pictures[row] = {"photo": data_uri(shrink(read_photo(paths[row])))}
-    labels, probabilities = np.eye(len(CLASSES))[class_numbers(table["label"])], table[list(CLASSES)]
-    auc, aucs = mean_auc(labels, probabilities), column_aucs(labels, probabilities)
     charts = draw_charts(table, aucs, metrics, dict(zip(checkpoints["fold"], checkpoints["epoch"], strict=True)))
     page = show_least_certain(args, table, paths, networks) | {"args": args, "auc": auc, "aucs": aucs, "charts": charts}
     table = table.round(6)

@@ -27,7 +27,8 @@ from harness.files import atomic_write, lock_file, remove
 FORMATS = ("PNG", "TIFF", "WEBP", "BMP", "GIF", "AVIF", "HEIF", "JPEG2000", "PPM", "JPEG")
 SUFFIXES = ".jpg .jpeg .jpe .jfif .png .tif .tiff .webp .bmp .gif .avif .heic .heif .jp2".split()
 # what Pillow raises for a file that it cannot read, its protections against huge ones included
-PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, EOFError, OverflowError, Image.DecompressionBombError)
+PILLOW_ERRORS = (OSError, ValueError, RuntimeError, SyntaxError, TypeError, EOFError, OverflowError)
+PILLOW_ERRORS += (Image.DecompressionBombError,)
 REDUCED, DNG_VERSION = 254, 50706  # TIFF tags: that the picture is a smaller copy of another, and what only a DNG has
 # libjpeg's words, in simplejpeg's errors, for data that is lost or a decoder gone astray; then for what is harmless
 JPEG_DAMAGE = re.compile(
@@ -98,8 +99,8 @@ def check_jpeg(name, content):
 def decode_with_pillow(content):
     """The picture that a file holds, upright, transparent parts on white: uint8 (height, width, 3), RGB."""
     try:
-        open_with_pillow(content).verify()  # the checksums of a PNG
-        picture = ImageOps.exif_transpose(open_with_pillow(content))
+        open_with_pillow(io.BytesIO(content)).verify()  # the checksums of a PNG
+        picture = ImageOps.exif_transpose(open_with_pillow(io.BytesIO(content)))
         if picture.mode.startswith("I;16"):  # grey of 16 bits, which Pillow would cut off at 255
             picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
         if picture.mode in ("I", "F"):
@@ -115,9 +116,12 @@ def decode_with_pillow(content):
         raise BadPhoto(f"cannot be decoded as a photo ({' '.join(str(error).split())[:200]})") from error
 
 
-def open_with_pillow(content):
-    """A picture of Pillow, not yet decoded. Raises an error of Pillow, or BadPhoto for what is the small copy of one."""
-    picture = Image.open(io.BytesIO(content), formats=FORMATS)
+def open_with_pillow(file):
+    """A picture of Pillow, not yet decoded; file: a path or an open file. Raises BadPhoto, or another of PILLOW_ERRORS."""
+    try:
+        picture = Image.open(file, formats=FORMATS)
+    except PILLOW_ERRORS as error:
+        raise BadPhoto("cannot be decoded as a photo") from error
     tags = getattr(picture, "tag_v2", {})  # a camera's raw file is a TIFF that begins with a thumbnail
     if tags.get(REDUCED, 0) & 1 or DNG_VERSION in tags:
         raise BadPhoto("is a camera's raw file: convert it to JPEG or PNG")
@@ -135,8 +139,8 @@ def read_photo(path):
 def looks_like_photo(path):
     """Whether a file is meant to be a photo, readable or not: by its name, or by how it begins."""
     try:
-        return path.suffix.lower() in SUFFIXES or bool(open_with_pillow(read_content(path)))
-    except PILLOW_ERRORS as problem:
+        return path.suffix.lower() in SUFFIXES or path.is_file() and bool(open_with_pillow(path))
+    except BadPhoto as problem:
         return "raw file" in str(problem)
 
 

@@ -123,7 +123,7 @@ REFUSED = {  # what is wrong: the file's bytes (None: no such file), what is sai
     "a folder": ("folder", "photo.jpg cannot be read: Is a directory"),
     "named .JPG": ("upper", r"photo.jpg is missing \(there is photo.JPG: rename it\)"),
     "empty": (b"", r"photo.jpg is empty \(0 bytes\)"),
-    "a web page": (b"<html>404</html>", "photo.jpg cannot be decoded as a photo .cannot identify"),
+    "a web page": (b"<html>404</html>", "photo.jpg cannot be decoded as a photo$"),
     "the first bytes only": (JPEG[:300], "photo.jpg cannot be decoded as a photo"),
     "cut in the middle": (JPEG[: len(JPEG) // 2], CUT),
     "cut by a byte": (JPEG[:-1], CUT),

@@ -1,0 +1,95 @@
+"""The Trainer is the user's: what users add, an edit of train.py or models.py alone, through a killed and resumed fold."""
+
+import re
+
+import pandas as pd
+import pytest
+import torch
+from conftest import QUICK, edit, run_script
+from test_resume import KILLER, outcome
+
+ADAM = re.compile(
+    r"        optimizer = torch\.optim\.Adam.*?return \{[^\n]*\n", re.S
+)  # to the end of configure_optimizers
+PLATEAU = """        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1.0, factor=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}
+"""
+LOGGER, CALLBACKS = "logger=False,", "*run.callbacks(fold)]"
+AVERAGING = "pl.callbacks.WeightAveraging(multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))"
+EDITS = {  # what is added: the file, the old text or the pattern, the new text; options
+    "CSVLogger": ("train.py", LOGGER, "logger=pl.loggers.CSVLogger('elsewhere'),", []),
+    "TensorBoardLogger": ("train.py", LOGGER, "logger=pl.loggers.TensorBoardLogger('elsewhere'),", []),
+    "LearningRateMonitor": (
+        "train.py",
+        CALLBACKS,
+        "*run.callbacks(fold), pl.callbacks.LearningRateMonitor()], profiler='simple'",
+        [],
+    ),
+    "EarlyStopping": (
+        "train.py",
+        CALLBACKS,
+        "*run.callbacks(fold), pl.callbacks.EarlyStopping('val_loss', min_delta=9.0, patience=3)]",
+        ["--max_epochs", 20],
+    ),
+    "a strategy": ("train.py", "strategy=run.strategy", "strategy=pl.strategies.SingleDeviceStrategy('cpu')", []),
+    "SGD without a schedule": (
+        "models.py",
+        ADAM,
+        "        return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)\n",
+        [],
+    ),
+    "ReduceLROnPlateau": ("models.py", ADAM, PLATEAU, []),
+    "torch.compile": ("train.py", "return LeafModule(network,", "return LeafModule(torch.compile(network),", []),
+    "--compile": ("train.py", "", "", ["--compile"]),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("addition", EDITS)
+def test_what_users_add_goes_through_a_killed_and_resumed_fold(addition, repo, sample, tmp_path):
+    file, old, new, options = EDITS[addition]
+    if isinstance(old, re.Pattern):
+        text, count = old.subn(lambda _: new, (repo / file).read_text())
+        assert count == 1
+        (repo / file).write_text(text)
+    elif old:
+        edit(repo / file, old, new)
+    if addition == "LearningRateMonitor":
+        edit(repo / file, LOGGER, "logger=pl.loggers.CSVLogger('elsewhere'),")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    words = ["--data_dir", sample, *QUICK, "--max_epochs", 5, "--folds", 0, *options]
+
+    def train(folder, moment, status):
+        folder.mkdir(exist_ok=True)
+        done = run_script("-c", KILLER, "train", moment, *words, cwd=folder, check=False, PYTHONPATH=str(repo))
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout
+
+    said = train(whole, "never", 0)
+    train(killed, "epoch:3", -9)
+    assert "fold 0: going on after epoch 2" in train(killed, "never", 0)
+    assert outcome(killed) == outcome(whole)
+    rates = pd.read_csv(whole / "logs" / "metrics" / "fold=0.csv")["lr"]
+    if addition == "EarlyStopping":
+        assert len(rates) == 4 and "fold 0, epoch 3 (4 of 20)" in said  # it ends early, and is finished
+    elif addition == "ReduceLROnPlateau":
+        assert rates.tolist() == [0.1, 0.05, 0.025, 0.0125, 0.00625]
+    elif addition == "SGD without a schedule":
+        assert rates.tolist() == [1e-3] * 5
+    if addition in ("CSVLogger", "TensorBoardLogger", "LearningRateMonitor"):
+        versions = sorted(path.name for path in (killed / "elsewhere" / "lightning_logs").iterdir())
+        assert versions == ["version_0", "version_1"]  # one for each start
+    if addition == "LearningRateMonitor":
+        logged = pd.read_csv(killed / "elsewhere" / "lightning_logs" / "version_1" / "metrics.csv")
+        assert logged["lr-Adam"].dropna().tolist() == rates.tolist()[3:]
+    step_2 = str(repo / "generate_soft_labels.py")
+    run_script(step_2, "--folds", 0, "--tta_draws", 1, "--num_workers", 0, cwd=killed)
+    assert len(pd.read_csv(killed / "submission-folds=0.csv")) == 12
+
+
+def test_a_compiled_network_keeps_its_names(tmp_path):
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    names = list(network.state_dict())
+    network.compile()
+    assert list(network.state_dict()) == names
