@@ -8,8 +8,7 @@ Expect  0.98354 public and 0.98253 private at Kaggle (published).
 """
 
 from harness.console import Parser, file_or_folder, parse_args, positive, say
-from harness.files import write_csv
-from harness.tables import read_table
+from harness.files import read_table, write_csv
 from utils import CLASSES, distribution, output_name
 
 

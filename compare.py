@@ -36,9 +36,8 @@ import pandas as pd
 from analysis.runs import NOTHING_DIFFERS, check_same_photos, describe_changes, read_minutes, read_run
 from analysis.statistics import compare, measure
 from harness.console import InputError
-from harness.files import check_writable, write_csv
+from harness.files import check_writable, read_table, write_csv
 from harness.record import note_differences
-from harness.tables import read_table
 
 SHOWN = 10  # photos that differ most
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from harness.files import read_table
 from harness.photos import cache_images, read_photo
-from harness.tables import read_table
 from utils import CLASSES, derive_seed, distribution, one_hot
 
 cv2.setNumThreads(0)  # OpenCV's threads would fight the loader's workers for the cores

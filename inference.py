@@ -29,7 +29,7 @@ def load_trained(args):
     networks = {}
     for fold, name in zip(checkpoints["fold"], checkpoints["checkpoint"], strict=True):
         networks[fold] = load_network(Path(args.log_dir) / name, args.backbone, args.compile)
-    check_networks(args, networks, fit_photo)
+    check_networks(args.log_dir, networks, fit_photo, args.accept_changes)
     return checkpoints, networks
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR
 
-from harness.backbones import compute_maps, count_feature_maps, load_checkpoint, make_backbone
+from harness.backbones import compute_maps, load_checkpoint, make_backbone, sketch
 from harness.console import InputError, refusing
 from harness.devices import gather
 from utils import CLASSES, derive_seed, mean_auc
@@ -29,7 +29,7 @@ class LeafNet(nn.Module):
 
     def __init__(self, backbone="se_resnext50_32x4d"):
         super().__init__()
-        n_features = count_feature_maps(backbone)
+        n_features = sketch(backbone)[1].shape[1]
         self.backbone = make_backbone(backbone)
         self.maps = nn.Identity()  # what the last convolutional stage gives, a place for the heat maps to hook in
         self.bn = nn.BatchNorm1d(n_features)
@@ -130,7 +130,7 @@ class LeafModule(pl.LightningModule):
         schedule = SCHEDULES[self.lr_schedule](optimizer, self.learning_rate, self.trainer.max_epochs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
 
-    # Lightning's own clipping refuses a fused optimizer, for a loss scaler's sake; harness/callbacks.py takes care of that.
+    # Lightning's own clipping refuses a fused optimizer, for a loss scaler's sake; harness/run.py takes care of that.
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         if gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)

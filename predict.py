@@ -43,12 +43,13 @@ from analysis.heat_maps import SHOWN, count_cells, heat_maps, overlay, shrink
 from dataset import LeafDataset, fit_photo, load_photo
 from harness.console import InputError, say
 from harness.files import atomic_write, check_writable, write_csv
-from harness.photos import looks_like_photo, read_photo
+from harness.photos import open_with_pillow, read_photo
 from inference import load_trained, predict, predict_tta
 
 AT_ONCE = 256  # photos in memory
 LONGEST_NAME = 150  # bytes of a photo's name that go into the name of its heat map: file systems take 255 in all
 HEAT_MAP = b"heat map of predict.py"  # stands in these JPEG files, so that a folder's search knows them
+SUFFIXES = ".jpg .jpeg .jpe .jfif .png .tif .tiff .webp .bmp .gif .avif .heic .heif .jp2".split()
 OF_SYSTEMS = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
 
 
@@ -70,13 +71,16 @@ def find_photos(names):
     return list(dict.fromkeys(paths)), empty
 
 
-def is_heat_map(path):
-    """Whether a file is a picture that --heat_maps wrote."""
+def looks_like_photo(path):
+    """Whether a file is meant to be a photo, readable or not: by its name or its content. Not what --heat_maps wrote."""
     try:
-        with path.open("rb") as file:
-            return HEAT_MAP in file.read(100)
-    except OSError:
-        return False
+        if path.is_file():
+            with path.open("rb") as file:
+                if HEAT_MAP in file.read(100):
+                    return False
+        return path.suffix.lower() in SUFFIXES or path.is_file() and bool(open_with_pillow(path))
+    except Exception as error:  # reading any file may raise anything
+        return path.suffix.lower() in SUFFIXES or "raw file" in str(error)
 
 
 def search_folder(folder):
@@ -95,7 +99,7 @@ def search_folder(folder):
         hidden += [Path(parent) / name for name in left_out]
         folders[:] = sorted(set(folders) - left_out)
         for path in (Path(parent) / name for name in set(files) - left_out):
-            (photos if looks_like_photo(path) and not (path.is_file() and is_heat_map(path)) else others).append(path)
+            (photos if looks_like_photo(path) else others).append(path)
     problems = [f"the folder {error.filename} cannot be read: {error.strerror}" for error in errors]
     return sorted(photos), sorted(others) + sorted(hidden), problems
 

@@ -32,11 +32,10 @@ from dataset import (
     read_train,
     train_augmentation,
 )
-from harness.backbones import check_backbone, find_weights, load_backbone_weights
-from harness.callbacks import BestCheckpoints
+from harness.backbones import find_weights, load_backbone_weights, sketch
 from harness.console import is_interactive, say
 from harness.photos import CachedImages
-from harness.run import Run
+from harness.run import BestCheckpoints, Run
 from models import LeafModule, LeafNet, load_network
 
 
@@ -132,7 +131,7 @@ def train_fold(args, fold, data, weights, run):
 
 def main(args):
     run = Run(args, N_FOLDS, CLASSES)
-    check_backbone(args.backbone, args.image_size)
+    sketch(args.backbone, tuple(args.image_size))  # or it cannot take photos of this size
     data = read_training_data(args, run)
     weights = find_weights(args.weights, args.backbone)
     module = make_module(args, args.folds[0], weights)  # what does not fit together is told now, not after the start

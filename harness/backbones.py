@@ -1,7 +1,4 @@
-"""The backbones of pretrainedmodels and timm (timm/NAME) without their classifiers; pretrained weights; checkpoints.
-
-timm is imported only when one of its networks is asked for: everything else works without it.
-"""
+"""The backbones of pretrainedmodels and timm (timm/NAME, if installed), without classifiers; weights; checkpoints."""
 
 import re
 import socket
@@ -30,12 +27,10 @@ def create(name):
     if name.startswith("timm/"):
         with refusing(f"--backbone {name} needs timm", ImportError, advice=f": pip install timm=={TIMM_TESTED}"):
             import timm
-        name_there = name.removeprefix("timm/")
-        if name_there not in timm.list_models() + timm.list_models(include_tags=True):
-            raise InputError(
-                f"--backbone {name}: timm {timm.__version__} has no network of this name (timm.list_models())"
-            )
-        return timm.create_model(name_there, num_classes=0, in_chans=3)
+        name = name.removeprefix("timm/")
+        if name not in timm.list_models() + timm.list_models(include_tags=True):
+            raise InputError(f"--backbone timm/{name}: timm {timm.__version__} has none such (timm.list_models())")
+        return timm.create_model(name, num_classes=0, in_chans=3)
     if name not in pretrainedmodels.model_names:
         raise InputError(f"--backbone {name}: pretrainedmodels has {', '.join(sorted(pretrainedmodels.model_names))}")
     network = pretrainedmodels.__dict__[name](num_classes=1000, pretrained=None)
@@ -57,42 +52,27 @@ def compute_maps(backbone, images):
 
 @cache
 def sketch(name, image_size=None):
-    """A backbone in evaluation mode, and its maps of an image of (height, width), where only shapes are computed.
-
-    On torch's meta device; by default for images of the size that it was made for.
-    """
+    """A backbone and its maps of an image of (height, width), or its own size, on the meta device. Raises InputError."""
     with torch.device("meta"), torch.enable_grad():
         network = create(name).eval()
-        size = image_size or own_config(network, name)["input_size"][1:]
-        return network, compute_maps(network, torch.zeros(1, 3, *size))
-
-
-@cache
-def count_feature_maps(name):
-    """How many maps a backbone ends in. Raises InputError if it does not exist, or our head does not fit its features."""
-    misfit = f"--backbone {name}: its features do not fit this head, which pools one map per channel"
-    with refusing(misfit, AttributeError, RuntimeError):  # no features(), or one that ends in a vector; a list
-        network, maps = sketch(name)
-        if maps.ndim != 4 or maps.shape[1] != getattr(network, "num_features", maps.shape[1]):  # timm's (n, h, w, c)
-            raise RuntimeError(f"they are {tuple(maps.shape[1:])} per photo")
-    return maps.shape[1]
-
-
-def check_backbone(name, image_size):
-    """Raise InputError if a backbone does not exist, does not fit the head, or cannot take photos of (height, width)."""
-    count_feature_maps(name)
-    height, width = own_config(sketch(name)[0], name)["input_size"][1:]
-    what = f"--backbone {name} cannot take photos of {image_size[0]}x{image_size[1]}"
-    with refusing(what, AssertionError, RuntimeError, advice=f"; it was made for --image_size {height} {width}"):
-        sketch(name, tuple(image_size))
+        own_size = own_config(network, name)["input_size"][1:]
+        height, width = image_size or own_size
+        what = (
+            f"--backbone {name} does not fit photos of {height}x{width}, or our head, which pools one map per channel"
+        )
+        made_for = f"; it was made for --image_size {own_size[0]} {own_size[1]}"
+        with refusing(what, AttributeError, AssertionError, RuntimeError, advice=made_for):
+            maps = compute_maps(network, torch.zeros(1, 3, height, width))
+            if maps.ndim != 4 or maps.shape[1] != getattr(
+                network, "num_features", maps.shape[1]
+            ):  # timm's (n, h, w, c)
+                raise RuntimeError(f"its features are {tuple(maps.shape[1:])} per photo")
+    return network, maps
 
 
 def make_backbone(name):
-    """A backbone with weights drawn at random, without what comes after its maps. Raises InputError as of the count.
-
-    What is not used must go: processes that train together wait for the gradient of every parameter.
-    """
-    count_feature_maps(name)
+    """A backbone with weights drawn at random, without what comes after its maps."""
+    # what is not used must go: processes that train together wait for the gradient of every parameter
     backbone, (network, maps) = create(name), sketch(name)
     with torch.enable_grad():
         gradients = torch.autograd.grad(maps.sum(), list(network.parameters()), allow_unused=True, retain_graph=True)
@@ -104,15 +84,11 @@ def make_backbone(name):
     return backbone
 
 
-# ---------------------------------------------------------------------------------------------- weights
-
-
 def find_weights(weights, backbone):
     """The file that a training starts from: a Path, or None for `weights` "none" (from scratch, only when asked).
 
-    In this order: a file given by hand; the Hugging Face hub or its cache, where timm has its weights there; torch hub's
-    cache; the file's addresses, downloaded into that cache. A hash in its name is checked. Raises InputError if there is
-    none.
+    For "imagenet" it comes from the Hugging Face hub, where timm has it there, else from torch hub's cache or a download.
+    Raises InputError if there is none, or its content is not what the hash in its name says.
     """
     if weights == "none":
         return None
@@ -129,15 +105,17 @@ def find_weights(weights, backbone):
         with refusing(f"no pretrained weights for {backbone}", Exception, advice=advice):
             cached = huggingface_hub.try_to_load_from_cache(*place)
             return Path(cached if isinstance(cached, str) else huggingface_hub.hf_hub_download(*place))
+    if not config.get("url"):
+        raise InputError(f"--backbone {backbone} has no ImageNet weights{BY_HAND}")
     folder, failures = Path(torch.hub.get_dir()) / "checkpoints", []
-    paths = {folder / Path(urlparse(url).path).name: url for url in weight_sources(backbone, config)}
+    paths = {folder / Path(urlparse(url).path).name: url for url in (config["url"], *MIRRORS.get(backbone, ()))}
     for path in filter(Path.is_file, paths):
         return check_hash(path)
+    folder.mkdir(parents=True, exist_ok=True)
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     for path, url in paths.items():
         say(f"download {url}")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
             return path
         except (OSError, RuntimeError) as error:  # unreachable, or RuntimeError: not the promised hash
@@ -148,28 +126,16 @@ def find_weights(weights, backbone):
     raise InputError(f"no ImageNet weights ({'; '.join(failures)}). Put one of {names} into {folder}{BY_HAND}")
 
 
-def weight_sources(backbone, config):
-    """URLs of a backbone's ImageNet weights, in the order in which they are tried; config: of own_config."""
-    if not config.get("url"):
-        raise InputError(f"--backbone {backbone} has no ImageNet weights{BY_HAND}")
-    return [config["url"], *MIRRORS.get(backbone, ())]
-
-
 def check_hash(path):
     """The path. Raises InputError if its name carries the start of its SHA-256 (name-0123abcd.pth) and that is another."""
     claimed = re.search(r"-([0-9a-f]{8,})\.pth$", path.name)
     if claimed and not digest(path).startswith(claimed.group(1)):
-        raise InputError(
-            f"{path} is damaged: its SHA-256 does not begin with {claimed.group(1)}; delete it and try again"
-        )
+        raise InputError(f"{path} is damaged (its SHA-256 is not that in its name): delete it and try again")
     return path
 
 
 def load_backbone_weights(backbone, path):
-    """Load a state dict as the backbone's library names it into `backbone`; its classifier, if any, is left out.
-
-    Raises InputError if the file cannot be read safely (weights_only) or does not hold this backbone.
-    """
+    """Load a state dict file into `backbone`, but for a classifier. Raises InputError if it does not hold this backbone."""
     with refusing(f"{path} does not hold weights of this backbone", Exception):  # reading any file may raise anything
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file  # timm brings it

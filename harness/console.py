@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import io
 import logging
 import math
 import os
@@ -10,11 +11,13 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 PREFIX = os.environ.get("PLANT_PATHOLOGY_PREFIX")  # set where train.py has started a process: what its lines begin with
 MAIN_PROCESS = os.getpid()  # loaders' workers are forked from it
 GO_ON = "the same command (without --fresh) goes on from there"
+# what Lightning and torch say about settings that we made on purpose, and about each other
+HARMLESS = "many workers|Checkpoint directory|LeafSpec|sync_dist=True|lr_scheduler.step.. before|parameter 'pretrained'"
 
 
 class InputError(SystemExit):
@@ -42,6 +45,19 @@ def raise_all(path, problems, shown=10):
         raise InputError(f"{path}: " + "; ".join(problems[:shown]) + more)
 
 
+class Stream(io.TextIOWrapper):
+    """Standard output or error: what cannot be printed (a full disk, a closed pipe) is lost, and the work goes on."""
+
+    def write(self, text):
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self):
+        with suppress(OSError):
+            super().flush()
+
+
 def is_first_process():
     """Whether this is the process that writes: the first of those that torchrun (RANK) or srun has started, if any."""
     return os.environ.get("RANK" if "TORCHELASTIC_RUN_ID" in os.environ else "SLURM_PROCID", "0") == "0"
@@ -67,16 +83,9 @@ def stop(number, frame=None):
 
 
 def quiet_libraries():
-    """Silence what Lightning and torch say about settings that we made on purpose, and about each other."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    words = (
-        "many workers|Checkpoint directory|LeafSpec|sync_dist=True|lr_scheduler.step.. before|parameter 'pretrained'"
-    )
-    warnings.filterwarnings("ignore", message=f".*({words}|weight enum or .None.)")
-
-
-# ---------------------------------------------------------------------------------------------- the command line
+    warnings.filterwarnings("ignore", message=f".*({HARMLESS}|weight enum or .None.)")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -125,18 +134,17 @@ def parse_args(parser, argv=None):
     """Parse `argv`; `args.typed` is the set of option names that were given, not left at their defaults."""
     if argv is None:
         signal.signal(signal.SIGINT, stop)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show must not end the script
-            stream.reconfigure(errors="backslashreplace")
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name) or open(os.devnull, "w")  # closed by the shell: >&-
+            setattr(sys, name, Stream(stream.detach(), stream.encoding, "backslashreplace", line_buffering=True))
     argv, known = list(sys.argv[1:] if argv is None else argv), parser._option_string_actions
-    for option in (word.split("=")[0] for word in argv[: argv.index("--") if "--" in argv else None]):
-        if re.fullmatch(r"--?[A-Za-z]\S*", option) and option not in known:  # allow_abbrev=False leaves -t for -tbs
+    words = {word.split("=")[0] for word in argv[: argv.index("--") if "--" in argv else None]}
+    for option in sorted(words - set(known)):
+        if re.fullmatch(r"--?[A-Za-z]\S*", option):  # allow_abbrev=False leaves -t for -tbs
             close = "".join(f", did you mean {name}?" for name in difflib.get_close_matches(option, known, n=1))
             parser.error(f"unrecognized option {option}{close}")
-    unset, defaults = object(), {action.dest: parser.get_default(action.dest) for action in parser._actions}
-    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults.keys() - {"help"}, unset)))
-    args.typed = {name for name in defaults if getattr(args, name, unset) is not unset}
-    vars(args).update({name: defaults[name] for name, value in vars(args).items() if value is unset})
+    args = parser.parse_args(argv)
+    args.typed = {known[option].dest for option in words & set(known)}
     if hasattr(args, "folds"):
         args.folds = sorted(set(args.folds))
     return args

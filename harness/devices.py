@@ -11,18 +11,12 @@ from torch import distributed
 
 from harness.console import GO_ON, InputError, refusing
 
-OUT_OF_MEMORY = re.compile(
-    "out of memory|DefaultCPUAllocator|could not create a (primitive|memory)|bad_alloc|Cannot allocate memory"
-    "|STATUS_ALLOC_FAILED|Cuda failure 2",
-    re.I,
-)
+WORDS = "out of memory|DefaultCPUAllocator|could not create a (primitive|memory)|bad_alloc|Cannot allocate memory"
+OUT_OF_MEMORY = re.compile(f"{WORDS}|STATUS_ALLOC_FAILED|Cuda failure 2", re.I)
 
 
 def choose_device(gpus, cpu_processes=None):
-    """The torch device type and indices to use, ("cuda", [0, 1]) or ("cpu", [0]); without `gpus` all there are.
-
-    Raises InputError for GPUs that are not there.
-    """
+    """The torch device type and indices, ("cuda", [0, 1]) or ("cpu", [0]). Raises InputError for GPUs that are not there."""
     if cpu_processes is not None:
         return "cpu", list(range(cpu_processes))
     there = list(range(torch.cuda.device_count()))
@@ -65,29 +59,22 @@ def autocast(device, precision):
 def describe_environment():
     """What results depend on to the byte beside options and inputs: dict of name to int or text."""
     found = {"threads": torch.get_num_threads(), "processor": torch.backends.cpu.get_cpu_capability()}
-    libraries = ("torch", "pytorch-lightning", "numpy", "albumentations", "pretrainedmodels")
-    found |= {"python": platform.python_version(), **{name: version(name) for name in libraries}}
-    return found | {"opencv": cv2.__version__}  # of whichever of its builds is installed
+    found |= {"python": platform.python_version(), "opencv": cv2.__version__}  # of whichever of its builds is installed
+    return found | {name: version(name) for name in ("torch", "pytorch-lightning", "numpy", "albumentations")}
 
 
 @contextmanager
 def enough_memory(advice):
-    """Within the block, make an InputError of an error that says that memory was too small, or of a loader's lost worker.
-
-    What torch, oneDNN, cuDNN, NCCL and Python make of it are errors of several kinds.
-    """
+    """Within the block, make an InputError of an error that says that memory was too small, or of a loader's lost worker."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "MemoryError"
-        if "DataLoader worker" in str(error):
-            raise InputError(
-                f"a process that loads photos has ended ({reason}), probably for want of memory: type a smaller "
-                f"--num_workers, and give a container more shared memory (docker run --shm-size 8g); {GO_ON}"
-            ) from error
-        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
-            raise InputError(f"too little memory ({reason}): {advice}") from error
-        raise
+        reason = (str(error) or "MemoryError").splitlines()[0]
+        if "DataLoader worker" in reason:
+            advice = f"type a smaller --num_workers, and give a container more (docker run --shm-size 8g); {GO_ON}"
+        elif not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        raise InputError(f"too little memory ({reason}): {advice}") from error
 
 
 def gather(parts):
@@ -96,7 +83,5 @@ def gather(parts):
     if distributed.is_available() and distributed.is_initialized():
         (mine,), gathered = gathered, [None] * distributed.get_world_size()
         distributed.all_gather_object(gathered, mine)
-    columns = zip(*(part for of_process in gathered for part in of_process), strict=True)
-    columns = [torch.cat(column).numpy() for column in columns]
-    order = columns[0].argsort()
-    return [column[order] for column in columns]
+    columns = [torch.cat(column).numpy() for column in zip(*sum(gathered, []), strict=True)]
+    return [column[columns[0].argsort()] for column in columns]

@@ -1,23 +1,25 @@
-"""Files that are whole or not there, locks, hashes."""
+"""Files that are whole or not there, the CSV files that come from outside, locks, hashes."""
 
 import hashlib
 import os
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 from filelock import FileLock, Timeout
 
-from harness.console import InputError, refusing, say
+from harness.console import InputError, raise_all, refusing, say
 
 LOCK_TIMEOUT = 60 * 60  # seconds: another process may decode all photos, from a slow disk
+PLAIN_NAME = r"(?![.=+@-])(?![A-Za-z]:)[^/\\]+"  # what begins with = + - @ a spreadsheet would take for a formula
 
 
 @contextmanager
 def atomic_write(path, mode="wb", commit=True):
     """Open a temporary file beside `path` that takes its name only when the block succeeded: whole or not at all.
 
-    Raises InputError, naming the file, if it cannot be written; an older version is then still there. commit: False to
-    try only whether it could be.
+    commit: False only tries. Raises InputError, naming the file, if it cannot be written; what was there is still there.
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # /dev/null would be replaced by a file
@@ -62,10 +64,7 @@ def remove(path):
 
 
 def lock_file(path, wait=True, hint=""):
-    """Hold a lock, for a `with` or until it is released or the process ends; None if it is taken and `wait` is False.
-
-    Raises InputError if the lock's file cannot be made, with the `hint` what to type, or after LOCK_TIMEOUT.
-    """
+    """Hold a lock until it is released or the process ends; None if it is taken, unless `wait`. Raises InputError."""
     lock = FileLock(path)
     with refusing(f"cannot lock {path}", OSError, advice=hint):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -85,3 +84,53 @@ def digest(content):
         return hashlib.sha256(content.encode()).hexdigest()
     with open(content, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_table(path, columns, rule=None, wanted=None, may_hold_more=False, hint="see the README for the data's layout"):
+    """Read a CSV file whose columns are `columns`: image_id, unique names of files, then numbers; returns a DataFrame.
+
+    rule: function of the numbers, float (n, k), to n texts: what is wrong with each row, or ""; wanted: the ids that must
+    be there, in this order, and no others unless may_hold_more. Raises InputError with all that is wrong with the file.
+    """
+    text = {"header": None, "dtype": str, "keep_default_na": False, "skip_blank_lines": False, "encoding": "utf-8-sig"}
+    with refusing(f"{path} cannot be read as CSV in UTF-8", ValueError, OSError):  # ValueError: also a line too long
+        with refusing(f"{path} does not exist", FileNotFoundError, advice=f"; {hint}"):
+            frame = pd.read_csv(path, **text)
+    header = frame.iloc[0].tolist()
+    raise_all(path, ["its columns are separated by semicolons: save it with commas"] * (";" in header[0]))
+    complaints = [f"lacks the column {name}" for name in columns if name not in header]
+    complaints += [f"has a column {name!r} that does not belong there" for name in header if name not in columns]
+    complaints += [f"has the column {name} twice" for name in columns if header.count(name) > 1]
+    raise_all(path, complaints)
+    frame = frame.iloc[1:].set_axis(header, axis=1)[list(columns)]
+    frame = frame[(frame != "").any(axis=1)]  # blank lines
+    raise_all(path, ["has no rows"] * frame.empty)
+
+    ids, numbers = frame["image_id"], frame[list(columns[1:])].map(to_number)
+    plain = ids.str.fullmatch(PLAIN_NAME) & ids.map(str.isprintable) & (ids == ids.str.strip())
+    wrong = {
+        "has no image_id": ids == "",
+        "has an image_id that is no plain file name (nor may it begin with . = + - @)": ~plain & (ids != ""),
+        "repeats an image_id": ids.duplicated() & (ids != ""),
+        **{f"has no number for {name}": ~np.isfinite(numbers[name]) for name in numbers},
+    }
+    problems = [(row, what) for what, rows in wrong.items() for row in ids.index[rows]]
+    if rule:
+        sound = numbers[np.isfinite(numbers).all(axis=1)]
+        problems += [(row, what) for row, what in zip(sound.index, rule(sound.to_numpy()), strict=True) if what]
+    complaints = [f"line {row + 1} ({ids[row]!r:.60}) {what}" for row, what in sorted(problems)]
+    if wanted is not None:
+        complaints += [f"has no row for {name}" for name in sorted(set(wanted) - set(ids))]
+        extra = sorted(set(ids) - set(wanted)) if not may_hold_more else []
+        complaints += [f"has a row for {name!r}, which is not wanted" for name in extra]
+    raise_all(path, complaints)
+    table = numbers.astype(float).set_index(ids)
+    return (table if wanted is None else table.loc[list(wanted)]).reset_index()
+
+
+def to_number(text):
+    """The float that `text` spells in ASCII, nearest to it; nan if it spells none."""
+    try:
+        return float(text) if text.isascii() and "_" not in text else np.nan  # float("1_0") is 10
+    except ValueError:
+        return np.nan

@@ -26,17 +26,16 @@ JOIN_TIMEOUT = 30 * 60  # seconds for the other processes: each machine may firs
 
 
 def find_processes():
-    """How this process finds those that train together with it, for Lightning; how many they are in all; how many here.
+    """How this process finds those that torchrun or srun has started with it, for Lightning; how many in all; how many here.
 
-    Alone unless torchrun or srun started it: in an allocation without srun (`#SBATCH -n 8` to get cores, a notebook)
-    SLURM's variables are there, the others not. Lightning's own requeueing is off: folds of an array job would load each
-    other's checkpoints.
+    In an allocation without srun (`#SBATCH -n 8` to get cores, a notebook) SLURM's variables are there, the others not.
     """
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment(), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     step, n = os.environ.get("SLURM_STEP_ID", "none"), int(os.environ.get("SLURM_NTASKS", 1))
     if SLURMEnvironment.detect() and step.isdigit() and int(step) < 2**32 - 16:  # above: salloc's shell, a batch script
         with refusing("SLURM", RuntimeError, advice=" (docs/clusters.md)"):  # it asks for --ntasks-per-node
+            # or folds of an array job would load each other's checkpoints
             return SLURMEnvironment(auto_requeue=False), n, n // int(os.environ["SLURM_NNODES"])
     if n > 1 and PREFIX is None:
         say("note: SLURM has given this job several tasks, but one process was started: srun python … starts them all")
@@ -46,30 +45,25 @@ def find_processes():
 def join_processes(run):
     """Meet the processes that torchrun or srun has started beside this one; returns a function that waits for them.
 
-    Ctrl-C and SIGTERM end the process at once from here on: it often waits in C, where no Python handler runs.
     Raises InputError if the others do not come within JOIN_TIMEOUT, or have ended.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # it often waits in C, where no Python handler runs
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     rank, n, address = run.cluster.global_rank(), run.cluster.world_size(), run.cluster.main_address
     waiting = f"process {rank} of {n} waits for the others at {address}:{run.cluster.main_port}"
     if PREFIX is None:
         say(waiting)
-    strategy = DDPStrategy(timeout=timedelta(seconds=JOIN_TIMEOUT))
-    where = {"accelerator": run.accelerator, "devices": run.devices, "num_nodes": run.num_nodes}
-    fabric = Fabric(**where, strategy=strategy, plugins=[run.cluster])
+    how = {"strategy": DDPStrategy(timeout=timedelta(seconds=JOIN_TIMEOUT)), "plugins": [run.cluster]}
+    fabric = Fabric(accelerator=run.accelerator, devices=run.devices, num_nodes=run.num_nodes, **how)
 
     def meet(wait):
         try:
             wait()
         except RuntimeError as error:
-            if PREFIX is not None and rank:  # the first one has said why it ended
-                raise SystemExit(1) from error
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"{waiting} in vain ({reason}): see what they say, and whether all were started"
-            ) from error
+            if PREFIX is not None and rank:
+                raise SystemExit(1) from error  # the first one has said why it ended
+            raise InputError(f"{waiting} in vain ({str(error).splitlines()[0]}): were all started?") from error
 
     meet(fabric.launch)
     return lambda: meet(fabric.barrier)
@@ -79,14 +73,12 @@ def refuse_differences(facts):
     """Raise InputError, in all processes, if the `facts` (dict of name to value) of one are not those of the first."""
     gathered = [None] * distributed.get_world_size()
     distributed.all_gather_object(gathered, (socket.gethostname(), facts))
+    host, first = gathered[0]
     for rank, (name, its_own) in enumerate(gathered):
-        host, first = gathered[0]
         if differ := ", ".join(what for what in first | its_own if first.get(what) != its_own.get(what)):
             atexit.register(distributed.destroy_process_group)  # or gloo's threads may abort a Python that ends
-            raise InputError(
-                f"process {rank} ({name}) would not train the same as process 0 ({host}): {differ} differ. All machines "
-                "must share the log directory, and have the same data and the same files of this repository"
-            )
+            unlike = f"process {rank} ({name}) would not train the same as process 0 ({host}): {differ} differ"
+            raise InputError(f"{unlike}. All machines must share the log directory, and have the same data and files")
 
 
 def end_with_parent():
@@ -102,44 +94,33 @@ def environment_of(n, prefix):
 
 
 def launch_processes(n):
-    """Run this command again as n processes, by torch's own launcher, which ends them all when one dies.
-
-    Ends this process as they ended; they have said why, unless one was killed.
-    """
+    """Run this command again as n processes by torch's own launcher, which ends them all when one dies; ends as they do."""
     os.environ.update(environment_of(n, prefix=""), LOGLEVEL="CRITICAL")  # or it repeats their errors in twenty lines
-    # all on this machine, whose own name may be unknown to it
-    where = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--local_addr=localhost"]
+    where = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--local_addr=localhost"]  # no name that is unknown
     try:
         torch.distributed.run.main([*where, f"--nproc_per_node={n}", *sys.argv])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            raise InputError(f"process {rank} of {n} was killed ({name}), the others are ended; {GO_ON}") from error
-        raise SystemExit(1) from error
+        if failure.exitcode >= 0:
+            raise SystemExit(1) from error
+        name = signal.Signals(-failure.exitcode).name
+        raise InputError(f"process {rank} of {n} was killed ({name}), the others are ended; {GO_ON}") from error
     except SignalException as error:
         stop(error.sigval)
 
 
 def launch_folds(folds, kind, indices, num_workers):
-    """Run this command once for each fold, each on one device, as many at once as there are devices; returns failed folds.
-
-    num_workers: of each. Their lines begin with their fold.
-    """
-    words = [
-        sys.executable,
-        *(word for word in sys.argv if word != "--parallel_folds"),
-        "--num_workers",
-        str(num_workers),
-    ]
+    """Run this command once for each fold, as many at once as there are devices, one on each; returns the failed folds."""
+    words = [sys.executable, *(word for word in sys.argv if word != "--parallel_folds")]
     free = SimpleQueue()
     for index in indices:
         free.put(index)
 
     def run(fold):
         index, environment = free.get(), environment_of(len(indices), prefix=f"fold {fold} | ")
-        on = ["--gpus", str(index)] if kind == "cuda" else ["--cpu_processes", "1"]
-        code = subprocess.call([*words, *on, "--folds", str(fold)], env=environment, preexec_fn=end_with_parent)
+        on = f"--gpus {index}" if kind == "cuda" else "--cpu_processes 1"
+        more = f"{on} --num_workers {num_workers} --folds {fold}".split()
+        code = subprocess.call([*words, *more], env=environment, preexec_fn=end_with_parent)
         free.put(index)
         return code
 

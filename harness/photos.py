@@ -2,7 +2,6 @@
 
 import glob
 import inspect
-import io
 import math
 import re
 import shutil
@@ -17,18 +16,14 @@ import numpy as np
 import pillow_heif
 import simplejpeg
 from joblib import cpu_count  # of those that a container or a job may use
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from harness.console import InputError, raise_all, say
+from harness.console import InputError, raise_all, refusing, say
 from harness.files import atomic_write, lock_file, remove
 
 # What Pillow may read: formats that hold photos. It would also take others, from vector graphics to scientific data.
 FORMATS = ("PNG", "TIFF", "WEBP", "BMP", "GIF", "AVIF", "HEIF", "JPEG2000", "PPM", "JPEG")
-SUFFIXES = ".jpg .jpeg .jpe .jfif .png .tif .tiff .webp .bmp .gif .avif .heic .heif .jp2".split()
-# what Pillow raises for a file that it cannot read, its protections against huge ones included
-PILLOW_ERRORS = (OSError, ValueError, RuntimeError, SyntaxError, TypeError, EOFError, OverflowError)
-PILLOW_ERRORS += (Image.DecompressionBombError,)
 REDUCED, DNG_VERSION = 254, 50706  # TIFF tags: that the picture is a smaller copy of another, and what only a DNG has
 # libjpeg's words, in simplejpeg's errors, for data that is lost or a decoder gone astray; then for what is harmless
 JPEG_DAMAGE = re.compile(
@@ -42,116 +37,71 @@ pillow_heif.register_heif_opener()
 # OpenCV is to be silent: we say ourselves what is wrong with a photo; the function has moved since 4.11
 (getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel)(0)
 
-# ---------------------------------------------------------------------------------------------- decoding
 
-
-class BadPhoto(ValueError):
-    """What is wrong with a photo, without its name."""
-
-
-def decode_photo(path):
+def read_photo(path):
     """Decode one photo, turned as its EXIF orientation says: uint8 (height, width, 3), RGB.
 
-    Its content decides the format, not its name. JPEG is decoded by OpenCV, all else by Pillow; what is transparent
-    becomes white. Raises BadPhoto if the file is missing, damaged or no photo.
+    Its content decides the format. JPEG is decoded by OpenCV, all else by Pillow, what is transparent becomes white.
+    Raises InputError, naming the file, if it is missing, damaged or no photo.
     """
-    path = Path(path)
-    content, photo = read_content(path), None
-    if content.startswith(b"\xff\xd8"):
-        check_jpeg(path.name, content)
-        photo = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
-    return decode_with_pillow(content) if photo is None else photo
-
-
-def read_content(path):
-    """The bytes of a file. Raises BadPhoto if it cannot be read."""
-    try:
+    path, photo = Path(path), None
+    with refusing(f"{path} cannot be read", OSError):
+        if not path.exists():
+            others = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
+            there = "".join(f" (there is {other.name}: rename it)" for other in others[:1])
+            raise InputError(f"{path} is missing{there}")
         if path.is_fifo():  # to read it could take for ever
-            raise BadPhoto("is no file")
+            raise InputError(f"{path} is no file")
         if not (content := path.read_bytes()):
-            raise BadPhoto("is empty (0 bytes)")
-        return content
-    except FileNotFoundError as error:
-        others = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
-        raise BadPhoto(
-            "is missing" + "".join(f" (there is {other.name}: rename it)" for other in others[:1])
-        ) from error
-    except OSError as error:
-        raise BadPhoto(f"cannot be read: {error.strerror}") from error
+            raise InputError(f"{path} is empty (0 bytes)")
+    if content.startswith(b"\xff\xd8"):
+        check_jpeg(path, content)
+        photo = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
+    return decode_with_pillow(path) if photo is None else photo
 
 
-def check_jpeg(name, content):
-    """Raise BadPhoto if a JPEG lacks a part, which OpenCV decodes to grey or shifted pixels.
-
-    The grey eighth-size picture needs all of the file's data, but a fifth of the time. A few bytes too many before the
-    end are worth a note only: some cameras leave them, and few damages do.
-    """
-    try:
+def check_jpeg(path, content):
+    """Raise InputError if a JPEG lacks a part, which OpenCV decodes to grey or shifted pixels."""
+    try:  # the grey eighth-size picture needs all of the file's data, but a fifth of the time
         simplejpeg.decode_jpeg(content, "GRAY", min_height=1, min_width=1, min_factor=8)
     except ValueError as warning:  # the first one; or simplejpeg does not know this kind of JPEG; then others decide
         if JPEG_DAMAGE.search(str(warning)):
-            raise BadPhoto(f"is damaged ({warning})") from warning
+            raise InputError(f"{path} is damaged ({warning})") from warning
         if JPEG_WARNING.search(str(warning)):
-            decode_with_pillow(content)  # a harmless warning hides what comes after it: a second opinion
-            say(f"note: {name} may be damaged ({warning}): look at it")
+            decode_with_pillow(path)  # a harmless warning hides what comes after it: a second opinion
+            say(f"note: {path.name} may be damaged ({warning}): look at it")  # some cameras leave bytes too many
 
 
-def decode_with_pillow(content):
+def decode_with_pillow(path):
     """The picture that a file holds, upright, transparent parts on white: uint8 (height, width, 3), RGB."""
-    try:
-        open_with_pillow(io.BytesIO(content)).verify()  # the checksums of a PNG
-        picture = ImageOps.exif_transpose(open_with_pillow(io.BytesIO(content)))
+    with refusing(f"{path} cannot be decoded as a photo", Exception):  # reading any file may raise anything
+        open_with_pillow(path).verify()  # the checksums of a PNG
+        picture = ImageOps.exif_transpose(open_with_pillow(path))
         if picture.mode.startswith("I;16"):  # grey of 16 bits, which Pillow would cut off at 255
             picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
         if picture.mode in ("I", "F"):
-            raise BadPhoto("holds measurements, no colours: convert it to JPEG or PNG")
+            raise ValueError("it holds measurements, no colours: convert it to JPEG or PNG")
         if picture.has_transparency_data:
             white = Image.new("RGBA", picture.size, "white")
             white.alpha_composite(picture.convert("RGBA"))
             picture = white
         return np.array(picture.convert("RGB"))
-    except PILLOW_ERRORS as error:
-        if isinstance(error, BadPhoto):
-            raise
-        raise BadPhoto(f"cannot be decoded as a photo ({' '.join(str(error).split())[:200]})") from error
 
 
-def open_with_pillow(file):
-    """A picture of Pillow, not yet decoded; file: a path or an open file. Raises BadPhoto, or another of PILLOW_ERRORS."""
+def open_with_pillow(path):
+    """A picture of Pillow, not yet decoded. Raises whatever Pillow raises, or ValueError."""
     try:
-        picture = Image.open(file, formats=FORMATS)
-    except PILLOW_ERRORS as error:
-        raise BadPhoto("cannot be decoded as a photo") from error
+        picture = Image.open(path, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError("it is of no format that is read here") from error
     tags = getattr(picture, "tag_v2", {})  # a camera's raw file is a TIFF that begins with a thumbnail
     if tags.get(REDUCED, 0) & 1 or DNG_VERSION in tags:
-        raise BadPhoto("is a camera's raw file: convert it to JPEG or PNG")
+        raise ValueError("it is a camera's raw file: convert it to JPEG or PNG")
     return picture
 
 
-def read_photo(path):
-    """`decode_photo`, but raises InputError, naming the file."""
-    try:
-        return decode_photo(path)
-    except BadPhoto as problem:
-        raise InputError(f"{path} {problem}") from problem
-
-
-def looks_like_photo(path):
-    """Whether a file is meant to be a photo, readable or not: by its name, or by how it begins."""
-    try:
-        return path.suffix.lower() in SUFFIXES or path.is_file() and bool(open_with_pillow(path))
-    except BadPhoto as problem:
-        return "raw file" in str(problem)
-
-
-# ---------------------------------------------------------------------------------------------- the cache
-
-
 class CachedImages:
-    """The resized photos of a data set as one memory-mapped uint8 array (n, height, width, 3), RGB.
-
-    All processes share the pages of one file; a copy sent to a spawned worker opens the file again.
-    """
+    """The resized photos of a data set: a memory-mapped uint8 array (n, height, width, 3), RGB, that processes share."""
 
     def __init__(self, path):
         self.path, self.array = path, np.lib.format.open_memmap(path, mode="r")
@@ -162,24 +112,15 @@ class CachedImages:
     def __getitem__(self, row):
         return self.array[row]
 
-    def __reduce__(self):
+    def __reduce__(self):  # a copy sent to a spawned worker opens the file again
         return CachedImages, (self.path,)
-
-
-def digest_photos(images, rows):
-    """SHA-256 of the pixels of some rows of `images`, as hexadecimal digits."""
-    pixels = sha256()
-    for row in rows:
-        pixels.update(images[row])
-    return pixels.hexdigest()
 
 
 def cache_images(name, image_ids, data_dir, image_size, cache_dir, fit):
     """The photos `image_ids` of data_dir, decoded and resized once: CachedImages in their order.
 
-    name: of the cache, for example "train"; fit: the recipe's function of a photo, uint8 (height, width, 3), and
-    image_size. The file's name holds a key, so that it is built anew when something has changed; it replaces the one built
-    before. Raises InputError with all photos that are missing or cannot be decoded, or when the disk is full.
+    name: of the cache, "train" or "test"; fit: the recipe's fit_photo. The file's name holds a key: it is built anew when
+    something has changed. Raises InputError with all photos that cannot be decoded, or if there is no room.
     """
     folder = Path(data_dir).resolve() / "images"
     if not folder.is_dir():
@@ -192,8 +133,6 @@ def cache_images(name, image_ids, data_dir, image_size, cache_dir, fit):
     with lock_file(cache.parent / f".{family}.lock", hint="; name another folder with --cache_dir"):
         if images := open_cache(cache, shape):  # another process has built it meanwhile
             return images
-        if cache.exists():
-            say(f"note: {cache} is damaged; it is built anew")
         for leftover in cache.parent.glob(f".{family}-*.part"):  # of a process that was killed
             remove(leftover)
         build_cache(cache, photos, shape, fit, f"decode {name} photos")
@@ -214,18 +153,15 @@ def photo_paths(folder, image_ids):
 
 
 def cache_key(photos, image_size, fit):
-    """A digest of the names, sizes and times of photos (paths), and of what `fit` makes of them, 16 hexadecimal digits.
-
-    The source of `fit` alone would miss a helper or a constant that was edited, the photos a case that is not among
-    them: so both count, and each photo as it is and turned.
-    """
+    """A digest of the names, sizes and times of photos (paths), and of what `fit` makes of them, 16 hexadecimal digits."""
+    # the source alone would miss a helper that was edited, the photos a case that is not among them
     key = sha256(cv2.__version__.encode() + inspect.getsource(fit).encode())
     for path in photos:
         with suppress(OSError):  # a cache without it is never written: decoding it will tell what is wrong
             key.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
     for path in photos[:: max(1, len(photos) // 2)]:
-        with suppress(BadPhoto):  # the same
-            photo = decode_photo(path)
+        with suppress(InputError):  # the same
+            photo = read_photo(path)
             for turned in (photo, photo.transpose(1, 0, 2)):
                 key.update(fit(np.ascontiguousarray(turned), tuple(image_size)).tobytes())
     return key.hexdigest()[:16]
@@ -233,39 +169,40 @@ def cache_key(photos, image_size, fit):
 
 def open_cache(path, shape):
     """The cache `path` as CachedImages; None if it does not exist, or is not one whole array of uint8 and `shape`."""
-    try:
-        images = CachedImages(path)
-        size = images.array.offset + images.array.nbytes
-        found = images.array.shape, images.array.dtype, path.stat().st_size
-        return images if found == (shape, np.uint8, size) else None
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no array, or less than its header says
-        return None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}; another --cache_dir may help") from error
+    with refusing(f"cannot read {path}", OSError, advice="; another --cache_dir may help"):
+        try:
+            images = CachedImages(path)
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # or no array, or less of it than its header says
+            return None
+    whole = images.array.offset + images.array.nbytes == path.stat().st_size
+    return images if whole and (images.array.shape, images.array.dtype) == (shape, np.uint8) else None
 
 
 def build_cache(path, photos, shape, fit, title):
     """Decode `photos` (paths) into one array of `shape`, written whole or not at all, with a progress bar."""
-    needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
+    needed, free = math.prod(shape) / 1e9, shutil.disk_usage(path.parent).free / 1e9
     if needed > free:
-        room = f"it needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-        raise InputError(f"cannot write {path}: {room}; name a folder on another disk with --cache_dir")
+        room = f"it needs {needed:.2f} GB, {free:.2f} GB are free"
+        raise InputError(f"cannot write {path}: {room}; name another folder with --cache_dir")
 
     def attempt(photo):
         try:
-            return fit(decode_photo(photo), shape[1:3])
-        except BadPhoto as problem:
-            return f"{photo.name} {problem}"
+            return fit(read_photo(photo), shape[1:3])
+        except InputError as error:
+            return error.message.removeprefix(f"{photo.parent}/")
 
     problems, at_once = [], 16 * cpu_count()  # not all: before a slow disk they would pile up in memory
     bar = tqdm(total=len(photos), desc=title, unit="photo")
     with atomic_write(path) as file, ThreadPoolExecutor(cpu_count()) as pool, bar:
         np.lib.format.write_array_header_2_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        file.flush()
+        with refusing(f"cannot map {path} into memory", OSError, advice="; name another folder with --cache_dir"):
+            np.memmap(file.name, mode="r")  # now, not when all is decoded
         for start in range(0, len(photos), at_once):
             for decoded in pool.map(attempt, photos[start : start + at_once]):
+                bar.update()
                 if isinstance(decoded, str):
                     problems.append(decoded)
                 elif not problems:
                     file.write(decoded)
-                bar.update()
         raise_all(photos[0].parent, problems, shown=None)

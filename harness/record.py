@@ -1,7 +1,7 @@
 """The log directory: what each fold was trained with, from which source files, and its result.
 
-LOG_DIR/hparams.yaml is of the last start; metrics/fold=K/hparams.yaml of the start that has begun fold K, and when the
-fold is finished it holds its result, too. LOG_DIR/source/KEY/ are the source files of the starts whose record says KEY.
+LOG_DIR/hparams.yaml is of the last start, metrics/fold=K/hparams.yaml of the one that has begun fold K, with its result
+when it is finished; source/KEY/ are the source files of the starts whose record says KEY.
 """
 
 import ast
@@ -28,15 +28,10 @@ FREE_IN_PREDICTION = FREE_OPTIONS - FOLDERS - {"weights", "soft_labels_filename"
 # What the folds of one log directory must share: without it their predictions cannot be put together.
 COMMON = {"image_size", "backbone", "seed", "limit", "train.csv", "the photos", "the folds"}
 
-# ---------------------------------------------------------------------------------------------- source files
-
 
 @cache
 def source_files(script):
-    """The script and every file of this repository that it imports, directly or not: dict of name to path.
-
-    Found in the text, without running anything; script: its path relative to the root.
-    """
+    """The script (a path relative to the root) and all files of this repository that it imports: dict of name to path."""
     found, todo = {}, [ROOT / script]
     while todo:
         path = todo.pop()
@@ -61,16 +56,10 @@ def digest_sources(script):
     digests = {}
     for name, path in source_files(script).items():
         with tokenize.open(path) as file:  # decodes as Python does
-            lines = file.read().splitlines()
-        for token in tokenize.generate_tokens(iter([f"{line}\n" for line in lines]).__next__):
-            if token.type == tokenize.COMMENT:
-                row, column = token.start
-                lines[row - 1] = lines[row - 1][:column]
+            tokens = [token for token in tokenize.generate_tokens(file.readline) if token.type != tokenize.COMMENT]
+        lines = tokenize.untokenize(tokens).splitlines()
         digests[name] = digest("\n".join(line.rstrip() for line in lines if line.strip()))
     return digests
-
-
-# ---------------------------------------------------------------------------------------------- one fold
 
 
 def record_path(log_dir, fold):
@@ -106,61 +95,36 @@ def read_result(log_dir, fold):
 
 
 def read_results(log_dir, folds):
-    """The results of folds: DataFrame with fold, epoch, val_loss, val_roc_auc, checkpoint and more, a row for each.
-
-    Raises InputError, naming what is missing, unless every one of `folds` is finished.
-    """
+    """The results of folds: DataFrame with fold, epoch, the metrics and checkpoint. Raises InputError if one is missing."""
     results = {fold: read_result(log_dir, fold) for fold in folds}
     if missing := " ".join(str(fold) for fold in folds if results[fold] is None):
-        raise InputError(
-            f"{log_dir}: fold {missing} has no result and checkpoint; run train.py --folds {missing} first"
-        )
+        raise InputError(f"{log_dir}: fold {missing} has no result or checkpoint; run train.py --folds {missing} first")
     return pd.DataFrame(results.values())
 
 
-def show_results(results):
-    """Results as a table for the terminal: the best epochs only."""
-    last = [name for name in results if name.startswith("last_")]
-    print(results.drop(columns=last).to_string(index=False), flush=True)
-
-
-def finish_fold(log_dir, fold, result):
-    """Record the result of a fold that is trained, dict of plain types with its checkpoint."""
-    write_record(record_path(log_dir, fold), read_record(record_path(log_dir, fold)) | {"result": result})
-    remove(resume_path(log_dir, fold))
-
-
-def remove_fold(log_dir, fold):
-    """Delete what a fold has left in a log directory, its record last: a kill in between leaves nothing without one."""
-    of_fold = record_path(log_dir, fold)
-    others = set(of_fold.parent.glob("*")) - {of_fold} | {of_fold.parent.with_name(f"fold={fold}.csv")}
-    for path in [*Path(log_dir).glob(f"fold={fold}-*.ckpt"), *others, of_fold]:
-        remove(path)
-
-
-# ---------------------------------------------------------------------------------------------- a start
-
-
-def describe_run(args, devices, environment, fingerprints):
-    """What a start trains with: a dict of plain types.
-
-    devices: text; environment: dict of what results depend on to the byte, but which may change; fingerprints: dict of
-    input name to SHA-256.
-    """
+def describe_run(args, devices, fingerprints):
+    """What a start trains with, dict of plain types. devices: text; fingerprints: name of an input to its SHA-256."""
     options = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED} | {"devices": devices}
     options |= {name: os.path.abspath(options[name]) for name in FOLDERS}  # the later steps may run in another folder
     sources = digest_sources("train.py")
-    record = {"format": FORMAT, "source": digest(repr(sources))[:8], "environment": environment}
+    record = {"format": FORMAT, "source": digest(repr(sources))[:8]}
     return record | {"options": options, "fingerprints": fingerprints | sources}
+
+
+def comparable(record):
+    """What changes a result in a record: dict of name to value."""
+    options = {name: value for name, value in record["options"].items() if name not in FREE_OPTIONS}
+    return options | record["fingerprints"]
 
 
 def list_changes(before, after):
     """What differs between two records: dict of name to text; what changes no result is left out."""
-    was, now = before["options"], after["options"]
-    names = [name for name in was | now if name not in FREE_OPTIONS and was.get(name) != now.get(name)]
-    changes = {name: f"{name} was {was.get(name)}, is {now.get(name)}" for name in names}
-    was, now = before["fingerprints"], after["fingerprints"]
-    return changes | {name: f"{name}: changed" for name in was | now if was.get(name) != now.get(name)}
+    was, now, changes = comparable(before), comparable(after), {}
+    for name in was | now:
+        if was.get(name) != now.get(name):
+            content = name in before["fingerprints"] | after["fingerprints"]
+            changes[name] = f"{name}: changed" if content else f"{name} was {was.get(name)}, is {now.get(name)}"
+    return changes
 
 
 def note_differences(log_dir, folds):
@@ -174,9 +138,8 @@ def note_differences(log_dir, folds):
 def open_log_dir(args, n_folds, record, folds, check_networks):
     """Compare a start with what the log directory holds, and record it. Returns locks, to be held during the training.
 
-    record: of describe_run; folds: DataFrame of folds.csv; check_networks: function of finished folds that raises
-    InputError if their networks no longer predict what they did. Raises InputError if another process trains one of
-    these folds, or as compare_folds does; then nothing was deleted.
+    check_networks: function of finished folds that refuses networks that were edited. Raises InputError, before anything
+    is deleted, if another process trains one of these folds, or as compare_folds does.
     """
     log_dir = Path(args.log_dir)
     with lock_file(log_dir / ".hparams.lock"):
@@ -191,22 +154,23 @@ def open_log_dir(args, n_folds, record, folds, check_networks):
             remove(leftover)
         for fold in args.folds:
             if args.fresh or not (read_result(log_dir, fold) or resume_path(log_dir, fold).exists()):
-                remove_fold(log_dir, fold)
-                write_record(record_path(log_dir, fold), record)
+                of_fold = record_path(log_dir, fold)
+                left = {*log_dir.glob(f"fold={fold}-*.ckpt"), *log_dir.glob(f"metrics/fold={fold}*/*")} - {of_fold}
+                for path in [*left, of_fold.parent.with_suffix(".csv"), of_fold]:  # its record last: a kill may come
+                    remove(path)
+                write_record(of_fold, record)
         for name, path in source_files("train.py").items():
-            if not (copy := log_dir / "source" / record["source"] / name).exists():
-                with atomic_write(copy) as file:
-                    file.write(path.read_bytes())
+            with atomic_write(log_dir / "source" / record["source"] / name) as file:
+                file.write(path.read_bytes())
         write_csv(log_dir / "folds.csv", folds)
         write_record(log_dir / "hparams.yaml", record)
     return [lock for lock in locks.values() if lock]
 
 
 def compare_folds(args, n_folds, record, busy=(), check_networks=None):
-    """Raise InputError if folds that stay in the log directory were trained differently; arguments as of open_log_dir.
+    """Raise InputError if folds that stay in the log directory, or that others train (busy), were trained differently.
 
-    busy: folds that other processes are training. args.accept_changes keeps finished folds in spite of changes; those of
-    a fold in training are never accepted: what it goes on from holds the optimiser's and the schedule's own options.
+    --accept_changes keeps finished folds only: what one in training goes on from holds the optimiser's own options.
     """
     log_dir, changes, in_training, finished = Path(args.log_dir), {}, [], []
     for fold in set(range(n_folds)) - set(args.folds if args.fresh else ()):
@@ -216,8 +180,8 @@ def compare_folds(args, n_folds, record, busy=(), check_networks=None):
             changes |= (of_fold := list_changes(before, record))
             finished += [fold] * done
             in_training += [str(fold)] * (bool(of_fold) and not done)
-            was, now = before["environment"], record["environment"]
-            if others := "; ".join(f"{name} was {was[name]}" for name in was if was[name] != now.get(name)):
+            now, was = record["environment"], before["environment"].items()
+            if others := "; ".join(f"{name} was {value}" for name, value in was if value != now.get(name)):
                 say(f"note: fold {fold} was begun in another environment ({others}): last digits may differ")
     if not changes:
         return
@@ -235,14 +199,8 @@ def compare_folds(args, n_folds, record, busy=(), check_networks=None):
     raise InputError(f"{log_dir} holds folds that were trained differently: {what}. {anew}{keep}")
 
 
-# ---------------------------------------------------------------------------------------------- for the later steps
-
-
 def adopt_run_options(args):
-    """Take from the record of log_dir what was not typed: image size, backbone, data, …
-
-    Raises InputError if a typed option contradicts what was trained. Options that change no result are free.
-    """
+    """Take from the record of log_dir what was not typed. Raises InputError if what was typed contradicts the training."""
     for name, value in read_record(Path(args.log_dir) / "hparams.yaml")["options"].items():
         if name in FREE_IN_PREDICTION or name in FOLDERS & args.typed:
             continue
@@ -254,10 +212,10 @@ def adopt_run_options(args):
 
 def read_own_csv(path, columns):
     """Read a CSV file that train.py wrote. Raises InputError if it is missing, damaged, or lacks one of `columns`."""
-    # NA may be an id; an undefined metric is empty; and pandas before 3 reads to the last digit only if told to
-    exactly = {"float_precision": "round_trip"} if pd.__version__ < "3" else {}
+    how = {"dtype": {"image_id": str}, "keep_default_na": False, "na_values": [""]}  # NA may be an id
+    how |= {"float_precision": "round_trip"} if pd.__version__ < "3" else {}  # which newer ones always have
     with refusing(f"{path} is damaged", ValueError, LookupError), refusing(f"cannot read {path}", OSError):
-        table = pd.read_csv(path, dtype={"image_id": str}, keep_default_na=False, na_values=[""], **exactly)
+        table = pd.read_csv(path, **how)
         table[list(columns)].iloc[0]
     return table
 
@@ -266,7 +224,5 @@ def read_folds(log_dir, image_ids):
     """The fold of each of `image_ids` as train.py wrote it, int array (n,). Raises InputError if the ids differ."""
     folds = read_own_csv(Path(log_dir) / "folds.csv", ("image_id", "fold")).set_index("image_id")["fold"]
     if set(folds.index) != set(image_ids) or folds.index.has_duplicates:
-        raise InputError(
-            f"{log_dir}/folds.csv is about other photos than train.csv: name the --data_dir of the training"
-        )
+        raise InputError(f"{log_dir}/folds.csv is about other photos than train.csv: type the training's --data_dir")
     return folds.loc[list(image_ids)].to_numpy()

@@ -1,32 +1,140 @@
-"""One start of train.py: its devices and processes, the record in its log directory, and what a Trainer is given."""
+"""One start of train.py: its devices and processes, the record in its log directory, what a Trainer is given."""
 
-import re
+import math
+import signal
+import time
 from contextlib import ExitStack, contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from pytorch_lightning.callbacks import TQDMProgressBar
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch.utils.tensorboard import SummaryWriter
 
 from harness import devices, launch, record
 from harness.backbones import load_checkpoint
-from harness.callbacks import EpochLog, ResumePoint, UnscaleFirst, WholeCheckpoints
 from harness.console import GO_ON, PREFIX, InputError, is_first_process, is_interactive, quiet_libraries, say
-from harness.files import digest, lock_file, remove, write_csv
-from harness.photos import digest_photos
-from harness.prediction import find_edit, keep_behaviour
+from harness.files import atomic_write, digest, lock_file, remove, write_csv
+from harness.prediction import behave, check_networks
 
-SMALLER_PARTS = (
-    "type --accumulate_grad_batches 2, or more: the same photos a step, in as many parts (with --accept_changes where folds "
-    "are finished, with --fresh --folds and its number where one has begun); or a smaller --image_size"
-)
+RESUME_EVERY = 30  # seconds between two points to go on from: 306 MB each, about a second to write
+SMALLER_PARTS = "type --accumulate_grad_batches 2 or more, the same photos in so many parts, or a smaller --image_size"
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint whole or not at all; Lightning's own is not atomic across file systems."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        with atomic_write(path) as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path, *_, **__):
+        return load_checkpoint(path)
+
+
+class UnscaleFirst(MixedPrecision):
+    """fp16 whose loss scale is out of the gradients before they are clipped; with a fused optimizer Lightning leaves it in."""
+
+    def optimizer_step(self, optimizer, model, closure, **options):
+        def unscaled():
+            loss = closure()
+            skipped = loss is None and model.automatic_optimization  # by a training_step that returned nothing
+            if getattr(optimizer, "_step_supports_amp_scaling", False) and not skipped:
+                self.scaler.unscale_(optimizer)
+            return loss
+
+        return super().optimizer_step(optimizer, model, unscaled, **options)
+
+
+class BestCheckpoints(ModelCheckpoint):
+    """Keeps the best epochs, also if the log directory was moved, or a lost epoch has replaced a checkpoint."""
+
+    def load_state_dict(self, state_dict):
+        kept = {str(Path(self.dirpath, Path(path).name)): score for path, score in state_dict["best_k_models"].items()}
+        self.best_k_models = kept = {path: score for path, score in kept.items() if Path(path).exists()}
+        if kept:
+            best, worst = (max, min) if self.mode == "max" else (min, max)
+            self.best_model_path, self.kth_best_model_path = best(kept, key=kept.get), worst(kept, key=kept.get)
+            self.best_model_score, self.kth_value = kept[self.best_model_path], kept[self.kth_best_model_path]
+
+
+class EpochLog(pl.Callback):
+    """One row per epoch, as CSV and for TensorBoard, in LOG_DIR/metrics. Raises InputError for a loss that is not finite."""
+
+    def __init__(self, log_dir, fold):
+        self.path, self.fold, self.rows = Path(log_dir) / "metrics" / f"fold={fold}.csv", fold, []
+
+    def state_dict(self):
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict):
+        self.rows = state_dict["rows"]
+
+    def on_fit_start(self, trainer, module):
+        if trainer.is_global_zero:
+            self.board = SummaryWriter(self.path.with_suffix(""), purge_step=len(self.rows))
+
+    def on_train_epoch_start(self, trainer, module):
+        self.started, self.lr, self.loss = time.monotonic(), trainer.optimizers[0].param_groups[0]["lr"], 0.0
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if outputs:
+            self.loss = self.loss + outputs["loss"].detach()  # looked at once an epoch: each look makes a GPU wait
+
+    def on_validation_start(self, trainer, module):
+        if not math.isfinite(self.loss):
+            anew = f"train it anew (--fresh --folds {self.fold}) with --precision 32 or a smaller --learning_rate"
+            raise InputError(f"fold {self.fold} stopped: a loss of epoch {trainer.current_epoch} is not finite; {anew}")
+
+    def on_train_epoch_end(self, trainer, module):
+        names = sorted(trainer.callback_metrics.keys() - {"loss", "lr"})  # these are of the last step
+        metrics = {name: float(trainer.callback_metrics[name]) for name in names}
+        took = {"seconds": round(time.monotonic() - self.started, 2)}
+        self.rows.append({"epoch": trainer.current_epoch, "lr": self.lr} | metrics | took)
+        if trainer.is_global_zero:
+            write_csv(self.path, pd.DataFrame(self.rows))
+            for name in ("lr", *metrics):
+                self.board.add_scalar(name, self.rows[-1][name], trainer.current_epoch)
+            self.board.flush()
+        if not is_interactive():
+            values = ", ".join(f"{name} {value:.4g}" for name, value in self.rows[-1].items())
+            say(f"fold {self.fold}, {len(self.rows)} of {trainer.max_epochs} epochs: {values}")
+
+
+class ResumePoint(pl.Callback):
+    """Keeps what an interrupted fold goes on from, LOG_DIR/fold=K-last.ckpt, for Lightning's `ckpt_path`."""
+
+    def __init__(self, log_dir, fold):
+        self.log_dir, self.fold = Path(log_dir).resolve(), fold
+
+    def on_fit_start(self, trainer, module):
+        known = set(trainer.checkpoint_callback.best_k_models)
+        for path in map(str, self.log_dir.glob(f"fold={self.fold}-epoch=*.ckpt")):
+            if trainer.is_global_zero and path not in known:  # of epochs that were lost, and will be trained again
+                remove(path)
+
+    def on_train_start(self, trainer, module):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Lightning's handler waits for processes that may be gone
+        self.first_epoch, self.written = trainer.current_epoch, time.monotonic()
+
+    def on_train_epoch_start(self, trainer, module):  # and not earlier, as only now ReduceLROnPlateau has been stepped
+        due = trainer.current_epoch > self.first_epoch and time.monotonic() > self.written + RESUME_EVERY
+        if trainer.strategy.broadcast(due):
+            progress = trainer.fit_loop.epoch_progress
+            progress.total.reset_on_restart()
+            progress.current.reset_on_restart()
+            trainer.save_checkpoint(record.resume_path(self.log_dir, self.fold))  # there this epoch is not yet begun
+            progress.increment_ready()
+            self.written = time.monotonic()
 
 
 class Run:
-    """One start of train.py, as one of several processes or alone. Raises InputError for devices that do not fit.
-
-    args: the command line, whose precision is filled in; n_folds: how many there are in all; classes: their names.
-    """
+    """One start of train.py, as one of several processes or alone. Raises InputError for devices that do not fit."""
 
     def __init__(self, args, n_folds, classes):
         quiet_libraries()
@@ -37,10 +145,8 @@ class Run:
         self.cluster, n_processes, n_here = launch.find_processes()
         self.joins = n_processes > 1  # others, that torchrun or srun has started
         if self.joins and (args.parallel_folds or len(self.indices) != n_here):
-            raise InputError(
-                f"{n_here} processes were started on this machine, for {len(self.indices)} devices: torchrun or srun must "
-                "start as many as --gpus or --cpu_processes name, and none for --parallel_folds (docs/clusters.md)"
-            )
+            started = f"{n_here} processes were started here, for {len(self.indices)} devices"
+            raise InputError(f"{started}: torchrun and srun start one for each of --gpus, never for --parallel_folds")
         self.launches = not self.joins and (args.parallel_folds or len(self.indices) > 1)
         self.n_devices = 1 if args.parallel_folds else len(self.indices) * n_processes // n_here
         args.precision = devices.choose_precision(args.precision, self.kind)
@@ -64,10 +170,8 @@ class Run:
         if batch > (fewest := len(folds) - sizes.max()):
             raise InputError(f"a fold trains on {fewest} photos only: type a smaller --train_batch_size")
         if batch % parts or batch == parts:
-            raise InputError(
-                f"--train_batch_size {batch} cannot be split into {parts} equal parts of at least 2 photos (devices x "
-                "--accumulate_grad_batches): type another one, or another number of --gpus"
-            )
+            what = f"{parts} equal parts (devices x --accumulate_grad_batches) of 2 photos or more: type another one"
+            raise InputError(f"--train_batch_size {batch} cannot be split into {what}")
         if sizes.min() < self.n_devices:
             raise InputError(f"a fold has {sizes.min()} photos to validate on, too few for {self.n_devices} devices")
         for fold in self.args.folds:
@@ -81,50 +185,43 @@ class Run:
     def begin(self, data, weights, module, load, fit):
         """Meet the other processes, lock the folds, compare with what the log directory holds, and record this start.
 
-        data: TrainingData; a photo of fold -1 belongs to none and is not in folds.csv; weights: the file that the backbone
-        starts from, or None; module: what is trained; load, fit: what predictions will be made with. Raises
-        InputError if another process trains one of the folds, if the log directory holds other folds, or if there is too
-        little memory for what is done within.
+        module: what is trained; load, fit: what predictions will be made with. Raises InputError if the log directory
+        holds other folds, or another process trains one of these, or memory is too small for the block.
         """
         args, self.data, self.load, self.fit = self.args, data, load, fit
         wait_for_all = self.joins and launch.join_processes(self)
-        in_folds, on = data.folds >= 0, f"{self.n_devices} x {self.kind}"
-        folds = pd.DataFrame({"image_id": data.image_ids, "fold": data.folds})[in_folds]
-        files = {name: path for name, path in [*self.inputs.items(), ("weights", weights)] if path is not None}
-        fingerprints = {name: digest(Path(path)) for name, path in files.items()} | {
-            "the folds": digest(folds.to_csv())
-        }
-        for name, rows in (("the photos", in_folds), ("the photos of no fold", ~in_folds)):
-            if rows.any():
-                fingerprints[name] = digest_photos(data.images, np.flatnonzero(rows))
-        mine = record.describe_run(args, on, devices.describe_environment(), fingerprints)
+        folds, on = pd.DataFrame({"image_id": data.image_ids, "fold": data.folds}), f"{self.n_devices} x {self.kind}"
+        files = (self.inputs | {"weights": weights}).items()
+        fingerprints, pixels = {name: digest(Path(path)) for name, path in files if path is not None}, sha256()
+        for row in range(len(data.folds)):
+            pixels.update(data.images[row])
+        fingerprints |= {"the folds": digest(folds.to_csv()), "the photos": pixels.hexdigest()}
+        mine = record.describe_run(args, on, fingerprints) | {"environment": devices.describe_environment()}
         with ExitStack() as locks:
             if self.launches:  # those that are started record, and lock their folds
                 record.compare_folds(args, self.n_folds, mine)
             elif is_first_process():
-                for lock in record.open_log_dir(args, self.n_folds, mine, folds, self.check_networks):
+                for lock in record.open_log_dir(
+                    args, self.n_folds, mine, folds[folds["fold"] >= 0], self.check_networks
+                ):
                     locks.enter_context(lock)
             if wait_for_all:
                 wait_for_all()  # or the others would read the log directory of before
-                seen = sorted(str(path) for path in Path(args.log_dir).rglob("*") if path.suffix in (".yaml", ".ckpt"))
-                options = {f"--{name}": of for name, of in mine["options"].items() if name not in record.FREE_OPTIONS}
-                launch.refuse_differences({"the files of the log directory": seen, **mine["fingerprints"], **options})
+                files = sorted(str(path) for path in Path(args.log_dir).rglob("*") if path.suffix in (".yaml", ".ckpt"))
+                launch.refuse_differences({"the files of the log directory": files} | record.comparable(mine))
             if PREFIX is None:
-                n_parameters = sum(parameter.numel() for parameter in module.parameters())
-                say(
-                    f"{args.backbone}, {n_parameters:,} parameters, from {weights or 'scratch'}, on {on}, {args.precision}"
-                )
-                more = f", all of them on {(~in_folds).sum()} more" * (not in_folds.all())
-                say(f"{len(folds)} photos in {self.n_folds} folds{more}; {args.max_epochs} epochs per fold")
+                network = f"{args.backbone}, {sum(part.numel() for part in module.parameters()):,} parameters"
+                say(f"{network}, from {weights or 'scratch'}, on {on}, {args.precision}")
+                in_folds = f"{(data.folds >= 0).sum()} of them in {self.n_folds} folds"
+                say(f"{len(folds)} photos, {in_folds}; {args.max_epochs} epochs per fold")
             with devices.enough_memory(SMALLER_PARTS):
                 yield
 
     def check_networks(self, folds):
         """Raise InputError if the networks of finished folds no longer predict what they did: they are never mixed."""
-        for _, result in record.read_results(self.args.log_dir, folds).iterrows():
-            network = self.load(Path(self.args.log_dir) / result["checkpoint"])
-            if edit := find_edit(self.args.log_dir, result["fold"], network, self.fit):
-                raise InputError(f"{edit}: use another --log_dir, or train all anew with --fresh")
+        results = record.read_results(self.args.log_dir, folds)
+        networks = {fold: self.load(Path(self.args.log_dir) / results["checkpoint"][i]) for i, fold in enumerate(folds)}
+        check_networks(self.args.log_dir, networks, self.fit)
 
     def folds_left(self):
         """The folds of the command line that are to be trained here, one after the other; or they are trained by others."""
@@ -135,59 +232,53 @@ class Run:
         elif self.launches:
             launch.launch_processes(len(self.indices))
         else:
-            for position, fold in enumerate(args.folds, 1):
-                self.n_left = len(args.folds) - position
-                if record.read_result(args.log_dir, fold) is None:
+            for fold in args.folds:
+                if record.read_result(args.log_dir, fold):
+                    say(f"fold {fold} is finished already")
+                else:
                     yield fold
-                    continue
-                say(f"fold {fold} is finished already")
-                if is_first_process():  # a process killed between the result and its own tidying has left it
-                    remove(record.resume_path(args.log_dir, fold))
 
     def resume_from(self, fold):
         """Where a fold goes on: its checkpoint for Lightning, a path or None, and the epoch to begin with."""
         path = record.resume_path(self.args.log_dir, fold)
-        if not path.exists():
-            return None, 0
-        epoch = load_checkpoint(path)["epoch"]
-        say(f"fold {fold}: going on after epoch {epoch - 1}")
-        return path, epoch
+        if epoch := load_checkpoint(path)["epoch"] if path.exists() else 0:
+            say(f"fold {fold}: going on after epoch {epoch - 1}")
+        return path if epoch else None, epoch
 
     def callbacks(self, fold):
         """What keeps the log and the points from which a fold goes on, for pl.Trainer, after the ModelCheckpoint."""
-        log_dir, bar = self.args.log_dir, [TQDMProgressBar(refresh_rate=10, leave=True)] * is_interactive()
-        return [EpochLog(log_dir, fold, self.n_left), ResumePoint(log_dir, fold), *bar]
+        self.log, bar = EpochLog(self.args.log_dir, fold), TQDMProgressBar(refresh_rate=10, leave=True)
+        return [self.log, ResumePoint(self.args.log_dir, fold), *[bar] * is_interactive()]
 
     def finish_fold(self, fold, trainer):
         """Record the best epoch of a fold that is trained: its metrics that begin with val_, and its checkpoint."""
-        if trainer.is_global_zero:
-            (log,) = (callback for callback in trainer.callbacks if isinstance(callback, EpochLog))
-            path = Path(trainer.checkpoint_callback.best_model_path)
-            best, last = log.rows[int(re.search(r"epoch=(\d+)", path.name).group(1))], log.rows[-1]
-            result = {"fold": fold, "epoch": best["epoch"]}
-            result |= {name: value for name, value in best.items() if name.startswith("val_")}
-            result |= {f"last_{name}": value for name, value in last.items() if name.startswith("val_")}
-            photos = np.stack([self.data.images[int(row)] for row in load_checkpoint(path)["validation"]["row"][:2]])
-            keep_behaviour(self.args.log_dir, fold, self.load(path), self.fit, photos)
-            record.finish_fold(self.args.log_dir, fold, result | {"checkpoint": path.name})
-            self.collect()
+        if not trainer.is_global_zero:
+            return
+        path = Path(trainer.checkpoint_callback.best_model_path)
+        best = load_checkpoint(path)
+        result, last = {"fold": fold, "epoch": best["epoch"]}, {}
+        for name in filter(lambda name: name.startswith("val_"), self.log.rows[-1]):
+            result[name], last[f"last_{name}"] = (self.log.rows[epoch][name] for epoch in (best["epoch"], -1))
+        photos = np.stack([self.data.images[int(row)] for row in best["validation"]["row"][:2]])
+        of_fold = record.record_path(self.args.log_dir, fold)
+        with atomic_write(of_fold.with_name("behaviour.npz")) as file:
+            np.savez_compressed(file, **behave(self.load(path), self.fit, photos))
+        result |= last | {"checkpoint": path.name}
+        record.write_record(of_fold, record.read_record(of_fold) | {"result": result})
+        self.collect()
 
     def collect(self):
-        """Put results.csv and out_of_fold.csv together from all finished folds; returns both, DataFrames.
-
-        The second holds each photo by the network that has not seen it: image_id, fold, label and its probabilities.
-        """
+        """Put results.csv and out_of_fold.csv together from all finished folds; returns both, DataFrames."""
         log_dir, labels = Path(self.args.log_dir), np.array(self.classes)[self.data.hard_labels.argmax(1)]
         with lock_file(log_dir / ".hparams.lock"):
             done = [fold for fold in range(self.n_folds) if record.read_result(log_dir, fold)]
             results, parts = record.read_results(log_dir, done), []
             for fold, name in zip(results["fold"], results["checkpoint"], strict=True):
-                validation = {
-                    key: value.numpy() for key, value in load_checkpoint(log_dir / name)["validation"].items()
-                }
-                rows = validation["row"]
-                part = {"image_id": self.data.image_ids.iloc[rows].to_numpy(), "fold": fold, "label": labels[rows]}
-                parts.append(pd.DataFrame(part | dict(zip(self.classes, validation["probabilities"].T, strict=True))))
+                remove(record.resume_path(log_dir, fold))
+                validation = load_checkpoint(log_dir / name)["validation"]
+                rows, probabilities = validation["row"].numpy(), validation["probabilities"].numpy()
+                known = {"image_id": self.data.image_ids.iloc[rows].to_numpy(), "fold": fold, "label": labels[rows]}
+                parts.append(pd.DataFrame(known | dict(zip(self.classes, probabilities.T, strict=True))))
             out_of_fold = pd.concat(parts, ignore_index=True)
             write_csv(log_dir / "results.csv", results)
             write_csv(log_dir / "out_of_fold.csv", out_of_fold)
@@ -198,11 +289,9 @@ class Run:
         if PREFIX is not None or not is_first_process():
             return None
         results, out_of_fold = self.collect()
-        record.show_results(results)
+        print(results.filter(regex="^(?!last_)").to_string(index=False), flush=True)  # of the best epochs
         record.note_differences(self.args.log_dir, results["fold"].tolist())
         for name in [name for name in results if f"last_{name}" in results and len(results) > 1]:
             best, last = (f"{results[of].mean():.4f} ± {results[of].std(ddof=0):.4f}" for of in (name, f"last_{name}"))
-            say(
-                f"{name} of {len(results)} folds: {best} in the best epochs, which is optimistic; {last} in the last ones"
-            )
+            say(f"{name} of {len(results)} folds: {best} in the best epochs (optimistic), {last} in the last ones")
         return out_of_fold

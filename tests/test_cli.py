@@ -132,9 +132,7 @@ def test_a_batch_that_the_gpus_cannot_share_is_refused(monkeypatch):
     run = start("--train_batch_size", 32)
     assert run.indices == [0, 1, 2] and run.launches
     folds, labels = split_folds(200, 0), np.eye(4)[np.arange(200) % 4]
-    with pytest.raises(
-        InputError, match="32 cannot be split into 3 equal parts of at least 2 photos.*number of --gpus"
-    ):
+    with pytest.raises(InputError, match="32 cannot be split into 3 equal parts .devices.* of 2 photos or more"):
         run.check(folds, labels)
     start("--train_batch_size", 32, "--gpus", 0, 2).check(folds, labels)
     start("--train_batch_size", 32, "--parallel_folds").check(folds, labels)  # each has the whole batch
@@ -164,7 +162,7 @@ def test_a_shared_memory_too_small_for_the_workers_ends_in_one_line(sample, tmp_
     done = subprocess.run(list(map(str, words)), cwd=tmp_path, capture_output=True, text=True)
     said = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert said.startswith("error: a process that loads photos has ended (") and "--shm-size" in said
+    assert said.startswith("error: too little memory (DataLoader worker") and "--shm-size" in said
     assert "type a smaller --num_workers" in said
 
 
@@ -211,7 +209,7 @@ def test_missing_data_is_said_before_anything_is_written(tmp_path):
 def test_an_unknown_backbone_is_refused():
     with pytest.raises(InputError, match="pretrainedmodels has alexnet"):
         train.LeafNet("se_resnext50")
-    with pytest.raises(InputError, match="do not fit this head"):
+    with pytest.raises(InputError, match="alexnet does not fit .* or our head"):
         train.LeafNet("alexnet")
 
 
@@ -249,7 +247,7 @@ def test_errors_of_memory_are_recognised_whoever_raises_them():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         fail(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     worker = RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed.")
-    assert "a process that loads photos has ended" in refusal(fail, worker)
+    assert re.search(r"too little memory \(DataLoader worker .* type a smaller --num_workers", refusal(fail, worker))
 
 
 def test_an_out_of_memory_error_says_what_to_type_and_that_works(sample, tmp_path, monkeypatch):
@@ -264,7 +262,7 @@ def test_an_out_of_memory_error_says_what_to_type_and_that_works(sample, tmp_pat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models.LeafModule, "training_step", small_gpu)
     options = ["--data_dir", str(sample), *QUICK, "--folds", "0", "--accumulate_grad_batches"]
-    with pytest.raises(InputError, match="too little memory .* type --accumulate_grad_batches 2, or more"):
+    with pytest.raises(InputError, match="too little memory .* type --accumulate_grad_batches 2 or more"):
         train.main(parse_args(make_training_parser(""), [*options, "2"]))
     train.main(parse_args(make_training_parser(""), [*options, "4"]))
     assert (tmp_path / "logs" / "results.csv").exists()
@@ -277,5 +275,5 @@ def test_a_cpu_without_memory_says_what_to_type_and_that_works(sample, tmp_path)
     run = run_script(*train, cwd=tmp_path, check=False, memory=1_000_000_000)
     said = run.stderr.splitlines()[-1]
     assert run.returncode == 1 and said.startswith("error: too little memory") and "Traceback" not in run.stderr
-    assert "type --accumulate_grad_batches 2, or more" in said
+    assert "type --accumulate_grad_batches 2 or more" in said
     run_script(*train, "--accumulate_grad_batches", 16, cwd=tmp_path, memory=1_000_000_000)

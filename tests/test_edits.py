@@ -121,7 +121,7 @@ def test_a_new_file_of_the_user_counts_and_edits_of_the_prediction_do_not(repo, 
     done = train(repo, sample, tmp_path, check=False)
     refused(done, "losses/focal.py: changed", "or keep the finished folds with --accept_changes")
     (kept,) = re.findall(r"diff -r (\S+)", done.stderr)
-    assert (tmp_path / kept / "losses" / "focal.py").read_text(encoding="utf-8-sig") == "SCALE = 1.0\n"
+    assert (tmp_path / kept / "losses" / "focal.py").read_text().endswith("SCALE = 1.0  # for now\n")
 
 
 POOLING = "def pool(maps):\n    return maps.float().mean((2, 3))\n"
@@ -151,11 +151,16 @@ def test_a_prediction_by_another_network_than_the_trained_one_is_refused_however
     (repo / "pooling.py").write_text(POOLING.replace("mean", "amax"))
     (tmp_path / "soft_labels-folds=0,1.csv").unlink()
     refused(
-        predict(repo, tmp_path, check=False), "LeafNet was edited since fold 0 of logs was trained", "--accept_chan"
+        predict(repo, tmp_path, check=False), "since fold 0 of logs was trained, LeafNet was edited", "--accept_chan"
     )
     assert not (tmp_path / "soft_labels-folds=0,1.csv").exists()
-    assert "note: predicting in spite of this: LeafNet was edited" in predict(repo, tmp_path, "--accept_changes").stdout
-    refused(train(repo, sample, tmp_path, "--accept_changes", check=False), "LeafNet was edited since fold 0")
+    assert (
+        "note: predicting in spite of this: since fold 0 of logs was trained, LeafNet was edited"
+        in predict(repo, tmp_path, "--accept_changes").stdout
+    )
+    refused(
+        train(repo, sample, tmp_path, "--accept_changes", check=False), "fold 0 of logs was trained, LeafNet was edited"
+    )
 
 
 NETWORK_EDITS = {  # what is edited: the file, the old text and the new one, what is named
@@ -184,7 +189,7 @@ def test_an_edit_of_what_predicts_is_refused(case, repo, sample, run):
     text = (repo / file).read_text()
     assert old in text
     (repo / file).write_text(text.replace(old, new, 1))
-    refused(predict(repo, run, check=False), f"{name} was edited since fold 0 of logs was trained", "--accept_changes")
+    refused(predict(repo, run, check=False), f"since fold 0 of logs was trained, {name} was edited", "--accept_changes")
     assert not list(run.glob("soft_labels*.csv"))
     done = train(repo, sample, run, "--accept_changes", check=False)  # folds of two networks never mix
     refused(done, "the photos: changed" if "fitting" in case else "LeafNet was edited")
@@ -203,9 +208,7 @@ def test_edits_that_change_nothing_or_the_training_alone_do_not_hinder_a_predict
 def test_kept_behaviour_that_is_lost_is_no_licence(repo, run):
     path = run / "logs" / "metrics" / "fold=1" / "behaviour.npz"
     path.write_bytes(path.read_bytes()[:-100])
-    refused(
-        predict(repo, run, check=False), "behaviour.npz is missing or damaged", "edits since the training cannot be"
-    )
+    refused(predict(repo, run, check=False), "behaviour.npz is missing or damaged", "edits cannot be told")
 
 
 # ---------------------------------------------------------------------------------------------- what is recorded
@@ -239,7 +242,7 @@ def test_a_log_directory_of_an_older_version_is_refused_in_one_line(repo, sample
 
 def test_a_training_depends_on_what_it_imports_and_on_nothing_else():
     names = set(source_files("train.py"))
-    assert {"train.py", "dataset.py", "models.py", "utils.py", "harness/run.py", "harness/callbacks.py"} <= names
+    assert {"train.py", "dataset.py", "models.py", "utils.py", "harness/run.py"} <= names
     assert not {name for name in names if name.split("/")[0] in ("analysis", "tests", "tools", ".venv")}
     assert "inference.py" not in names and "blend.py" not in names
     assert "inference.py" in source_files("inference.py") and "train.py" not in source_files("inference.py")
@@ -308,9 +311,11 @@ def test_a_part_of_the_photos_or_of_the_folds_overwrites_no_full_result(sample, 
 def test_a_training_says_what_it_will_do_and_ends_with_its_out_of_fold_figures(sample, tmp_path):
     options = ["--folds", 0, 1, "--max_epochs", 3, "--accumulate_grad_batches", 2]
     said = run_script("train.py", "--data_dir", sample, *QUICK, *options, cwd=tmp_path).stdout
-    assert re.search(r"11,1\d\d,\d{3} parameters; 41 photos, a fold validates on 8 of them; 3 epochs", said)
-    assert "batches of 8 (2 parts of 4)" in said
-    assert re.search(r"fold 0: \d+ s an epoch, done in about 0:00:\d\d .*with the 1 folds after it in 0:00:\d\d", said)
+    assert re.search(r"resnet18, 11,1\d\d,\d{3} parameters, from scratch, on 1 x cpu, 32\n", said)
+    assert "41 photos, 41 of them in 5 folds; 3 epochs per fold\n" in said
+    assert re.search(
+        r"fold 1, 3 of 3 epochs: epoch 2, lr \S+, train_loss [\d.]+, val_loss .*, val_roc_auc .*, seconds ", said
+    )
     results = pd.read_csv(tmp_path / "logs" / "results.csv")
     best, last = results["val_roc_auc"], results["last_val_roc_auc"]
     for values in (best, last):

@@ -20,7 +20,7 @@ from analysis import figures
 from analysis.heat_maps import heat_maps
 from dataset import fit_photo, load_photo
 from error_analysis import choose_examples, find_near_duplicates, find_suspects, hash_photo, tabulate
-from harness.photos import decode_photo
+from harness.photos import read_photo
 from models import LeafNet, load_network
 from utils import CLASSES, mean_auc
 
@@ -109,7 +109,7 @@ def test_heat_maps_of_rust_lie_on_the_spots_that_were_drawn(trained):
     leaves, network, gains = trained / "leaves", load_trained(trained), []
     labels, lesions = pd.read_csv(leaves / "test_labels.csv"), pd.read_csv(leaves / "lesions.csv")
     for image_id in labels["image_id"][labels["rust"] == 1]:  # test photos: no network has seen them
-        photo = decode_photo(leaves / "images" / f"{image_id}.jpg")
+        photo = read_photo(leaves / "images" / f"{image_id}.jpg")
         # the photo's own size, twice that of training: a map of 4 x 6 places, where 2 x 3 could hardly be wrong
         heat = heat_maps(network, fit_photo(photo, (128, 192))[None], [CLASSES.index("rust")])[0]
         heat, mask = heat.T if photo.shape[0] > photo.shape[1] else heat, np.zeros(photo.shape[:2], np.uint8)
@@ -178,7 +178,7 @@ def test_suspects_of_good_probabilities_are_wrong_labels_only():
 
 
 def test_near_duplicates_are_found_mirrored_turned_and_recompressed_and_nothing_else(trained):
-    photos = [decode_photo(path) for path in sorted((trained / "leaves" / "images").glob("Test_*.jpg"))[:30]]
+    photos = [read_photo(path) for path in sorted((trained / "leaves" / "images").glob("Test_*.jpg"))[:30]]
     source, square = photos[4], cv2.resize(photos[7], (128, 128))
     again = cv2.imdecode(cv2.imencode(".jpg", source, [cv2.IMWRITE_JPEG_QUALITY, 40])[1], cv2.IMREAD_COLOR)
     changed = [source[::-1], np.rot90(source), cv2.resize(again, (96, 64)), cv2.convertScaleAbs(source, alpha=1.1)]

@@ -222,15 +222,15 @@ def test_slurm_on_two_machines_leaves_what_two_processes_of_one_leave(two_proces
 HURRIED = """
 import os, runpy, sys
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
-from harness import callbacks, launch
+from harness import launch, run
 script, die_before, launch.JOIN_TIMEOUT = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-callbacks.RESUME_EVERY = -1
-keep = callbacks.ResumePoint.on_train_epoch_start
+run.RESUME_EVERY = -1
+keep = run.ResumePoint.on_train_epoch_start
 def keep_and_die(self, trainer, module):
     keep(self, trainer, module)
     if trainer.current_epoch == die_before:
         os._exit(9)
-callbacks.ResumePoint.on_train_epoch_start = keep_and_die
+run.ResumePoint.on_train_epoch_start = keep_and_die
 sys.argv = [script, *sys.argv[4:]]
 runpy.run_path(script, run_name="__main__")
 """

@@ -20,19 +20,20 @@ from conftest import QUICK, SMALL, run_script, shared_folder, start_script, wait
 KILLER = """
 import importlib, os, signal, sys
 import torch
+import inference
 import train
-from harness import callbacks, prediction, run
+from harness import devices, run
 from models import LeafModule, LeafNet
 from harness.console import parse_args
 from utils import make_prediction_parser, make_training_parser
 
 script, moment, *sys.argv[1:] = sys.argv[1:]
-callbacks.RESUME_EVERY = prediction.KEEP_EVERY = -1
+run.RESUME_EVERY = inference.KEEP_EVERY = -1
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 kind, _, rest = moment.partition(":")
 if "LOSS_SCALER" in os.environ:  # as on a GPU: --precision 16 is refused on a CPU
     scaler, unscale = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3), run.UnscaleFirst
-    run.choose_precision = lambda precision, device: "16"
+    devices.choose_precision = lambda precision, device: "16"
     run.UnscaleFirst = lambda precision, device: unscale(precision, "cpu", scaler)
 if kind == "epoch":  # in the second batch of this epoch
     step = LeafModule.training_step

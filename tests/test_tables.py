@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 import blend
 from dataset import mix_labels, read_test_ids
 from harness.console import InputError
-from harness.files import write_csv
+from harness.files import read_table, write_csv
 from harness.record import read_own_csv
-from harness.tables import read_table
 from utils import CLASSES, distribution, one_hot
 
 COLUMNS = ("image_id", *CLASSES)
@@ -143,7 +142,7 @@ def test_a_corrupted_row_is_refused_in_one_line_with_its_place(tmp_path, corrupt
 
 REFUSED = {  # what is wrong: its bytes (None: no such file), what is said
     "missing": (None, ["train.csv does not exist (No such file or directory); see the README"]),
-    "a folder": ("folder", ["train.csv cannot be read (Is a directory)"]),
+    "a folder": ("folder", ["train.csv cannot be read as CSV in UTF-8 (Is a directory)"]),
     "empty": (b"", ["cannot be read as CSV in UTF-8"]),
     "only blank lines": (b"\n\r\n\n", ["cannot be read as CSV in UTF-8"]),
     "only a header": (HEADER, ["train.csv: has no rows"]),
@@ -186,7 +185,7 @@ def test_a_csv_file_without_permission_is_named(tmp_path):
     (tmp_path / "train.csv").chmod(0)
     with without_root():
         said = refusal(read_labels, tmp_path / "train.csv")
-    assert said == f"error: {tmp_path / 'train.csv'} cannot be read (Permission denied)"
+    assert said == f"error: {tmp_path / 'train.csv'} cannot be read as CSV in UTF-8 (Permission denied)"
 
 
 # ---------------------------------------------------------------------------- soft labels and submissions, for a and b

@@ -20,7 +20,7 @@ from test_resume import outcome, train_and_die
 from analysis.heat_maps import heat_maps
 from dataset import load_photo
 from harness import backbones
-from harness.backbones import check_backbone, compute_maps, find_weights, load_backbone_weights
+from harness.backbones import compute_maps, find_weights, load_backbone_weights, sketch
 from models import IMAGENET_MEAN, IMAGENET_STD, LeafNet, load_network
 from utils import CLASSES
 
@@ -96,8 +96,7 @@ def test_a_seed_draws_the_same_network_whether_or_not_it_was_made_before():
     drawn = []
     for forget in (True, False):
         if forget:
-            for function in (backbones.sketch, backbones.count_feature_maps):
-                function.cache_clear()
+            backbones.sketch.cache_clear()
         torch.manual_seed(3)
         drawn.append(LeafNet(SMALL_NET).state_dict())
     for name, value in drawn[0].items():
@@ -120,37 +119,39 @@ def test_a_network_loaded_for_prediction_gives_the_same_logits(backbone, photos,
 @pytest.mark.parametrize(
     "backbone, words",
     [
-        ("test_vit", "they are \\(101, 64\\) per photo"),  # tokens
-        ("swin_tiny_patch4_window7_224", "they are \\(7, 7, 768\\) per photo"),  # channels last
-        ("mixer_s32_224", "they are \\(49, 512\\) per photo"),
-        ("efficientvim_m1", "do not fit this head, which pools one map per channel"),  # a list
-        ("resnet5", "has no network of this name \\(timm.list_models"),
-        ("resnet18.a1_in1", "has no network of this name"),
-        ("hf-hub:timm/resnet18.a1_in1k", "has no network of this name"),
-        ("", "has no network of this name"),
+        ("test_vit", "its features are \\(101, 64\\) per photo"),  # tokens
+        ("swin_tiny_patch4_window7_224", "its features are \\(7, 7, 768\\) per photo"),  # channels last
+        ("mixer_s32_224", "its features are \\(49, 512\\) per photo"),
+        ("efficientvim_m1", "our head, which pools one map per channel"),  # a list
+        ("resnet5", "has none such \\(timm.list_models"),
+        ("resnet18.a1_in1", "has none such"),
+        ("hf-hub:timm/resnet18.a1_in1k", "has none such"),
+        ("", "has none such"),
     ],
 )
 def test_what_has_no_maps_or_does_not_exist_is_refused_in_one_line(backbone, words):
     text = refusal(LeafNet, f"timm/{backbone}")
-    assert f"--backbone timm/{backbone}: " in text and re.search(words, text), text
+    assert f"--backbone timm/{backbone}" in text and re.search(words, text), text
 
 
 def test_photos_of_a_size_that_a_network_does_not_take_are_refused_with_its_own():
     for backbone, height, width in (("timm/test_maxvit", 160, 160), ("timm/test_coatnet", 160, 160)):
-        check_backbone(backbone, (height, width))
-        text = refusal(check_backbone, backbone, (480, 768))
-        assert "cannot take photos of 480x768" in text and text.endswith(
+        sketch(backbone, (height, width))
+        text = refusal(sketch, backbone, (480, 768))
+        assert "does not fit photos of 480x768" in text and text.endswith(
             f"it was made for --image_size {height} {width}"
         )
-    check_backbone(TINY, (480, 768))
-    assert "it was made for --image_size 299 299" in refusal(check_backbone, "inceptionv3", (32, 64))
+    sketch(TINY, (480, 768))
+    assert "it was made for --image_size 299 299" in refusal(sketch, "inceptionv3", (32, 64))
 
 
 def test_a_network_without_maps_is_refused_before_anything_is_written(sample, tmp_path):
     options = ["--data_dir", sample, *SMALL, "--weights", "imagenet", "--backbone", "timm/test_vit"]
     done = run_script("train.py", *options, cwd=tmp_path, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: --backbone timm/test_vit: its features do not fit this head")
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: --backbone timm/test_vit does not fit photos of 32x64, or our head"
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -298,7 +299,7 @@ def test_a_network_without_pretrained_weights_says_so_and_others_have_an_address
     assert "has no ImageNet weights; name a file with --weights FILE; --weights none trains" in text
     assert find_weights("none", "timm/nfnet_f0") is None and hub[1] == []
     name = "timm/legacy_seresnext50_32x4d"
-    (url,) = backbones.weight_sources(name, backbones.own_config(backbones.sketch(name)[0], name))
+    url = backbones.own_config(backbones.sketch(name)[0], name)["url"]
     assert url.endswith("/v0.1-weights/legacy_se_resnext50_32x4d-f3651bad.pth")  # the mirror of ours
 
 

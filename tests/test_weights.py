@@ -50,7 +50,9 @@ def host(monkeypatch, tmp_path):
 
     def serve(*folders, port=server.server_port):
         urls = [f"http://127.0.0.1:{port}/{folder}/net{i}-{DIGEST}.pth" for i, folder in enumerate(folders)]
-        monkeypatch.setattr(backbones, "weight_sources", lambda backbone, config: urls)
+        monkeypatch.setattr(backbones, "own_config", lambda network, name: {"url": urls[0]})
+        monkeypatch.setattr(backbones, "MIRRORS", {BACKBONE: urls[1:]})
+        monkeypatch.setattr(backbones, "sketch", lambda name: (None, None))
 
     yield serve
     server.shutdown()
@@ -62,7 +64,7 @@ def cached(tmp_path):
 
 
 def test_the_first_source_is_the_old_home_and_the_second_the_mirror():
-    first, second = backbones.weight_sources(BACKBONE, backbones.own_config(None, BACKBONE))
+    first, (second,) = backbones.own_config(None, BACKBONE)["url"], backbones.MIRRORS[BACKBONE]
     assert first == "http://data.lip6.fr/cadene/pretrainedmodels/se_resnext50_32x4d-a260b3a4.pth"
     assert second.startswith("https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-weights/")
     assert second.endswith("/legacy_se_resnext50_32x4d-f3651bad.pth")
@@ -80,12 +82,12 @@ def test_the_first_host_down_the_second_answers(host, tmp_path):
 @pytest.mark.parametrize("fault", ["refuses", "hangs"])
 def test_a_first_host_that_refuses_or_hangs_does_not_keep_the_second_from_answering(host, monkeypatch, fault):
     host("good", "good")
-    urls = backbones.weight_sources(BACKBONE, None)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         if fault == "hangs":
             silent.listen()  # takes the connection and never answers
-        urls[0] = f"http://127.0.0.1:{silent.getsockname()[1]}/net0-{DIGEST}.pth"
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/net0-{DIGEST}.pth"
+        monkeypatch.setattr(backbones, "own_config", lambda network, name: {"url": url})
         monkeypatch.setattr(backbones, "DOWNLOAD_TIMEOUT", 0.5)
         assert find_weights("imagenet", BACKBONE).name == f"net1-{DIGEST}.pth"
     assert socket.getdefaulttimeout() is None

@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader
 
 from dataset import LeafDataset, make_loader, train_augmentation
 from harness import console, devices
-from harness.callbacks import UnscaleFirst
 from harness.files import atomic_write
+from harness.run import UnscaleFirst
 from models import LeafModule, LeafNet, fold_batch_norm
 from tools.generate_sample_data import generate
 
@@ -107,14 +107,14 @@ KILLED = """
 import os, runpy, sys
 epoch, *sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
-from harness import callbacks
-callbacks.RESUME_EVERY = -1
-keep = callbacks.ResumePoint.on_train_epoch_start
+from harness import run
+run.RESUME_EVERY = -1
+keep = run.ResumePoint.on_train_epoch_start
 def keep_and_die(self, trainer, module):
     keep(self, trainer, module)
     if trainer.current_epoch == int(epoch):
         os._exit(9)
-callbacks.ResumePoint.on_train_epoch_start = keep_and_die
+run.ResumePoint.on_train_epoch_start = keep_and_die
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

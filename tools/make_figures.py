@@ -11,8 +11,8 @@ import torch
 from analysis.figures import augmentation_pictures, plt
 from dataset import fit_photo
 from harness.console import Parser, parse_args
+from harness.files import read_table
 from harness.photos import read_photo
-from harness.tables import read_table
 from inference import load_trained, predict, tta_views
 from models import SCHEDULES
 from tools.demo import FOLDER, REPO
