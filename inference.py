@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset import LeafDataset, cached_photos, fit_photo, train_augmentation
-from harness.console import InputError
+from harness.console import InputError, say
 from harness.devices import autocast, enough_memory
 from harness.prediction import check_networks, keep_predictions, prepare_prediction
 from models import load_network
@@ -87,6 +87,8 @@ def predict(networks, dataset, keys, args, title, kept=None):
     batches = [rows[start : start + args.val_batch_size] for start in starts for rows in of_fold if rows[start:]]
     values = np.full((len(keys), len(CLASSES)), np.nan, np.float32) if kept is None else kept
     todo = [rows for rows in batches if np.isnan(values[rows]).any()]
+    if not todo:
+        say(f"{title}: predicted already")
     devices = {fold: args.devices[i % len(args.devices)] for i, fold in enumerate(networks)}
     networks = {fold: network.to(devices[fold]) for fold, network in networks.items()}
     kind, parts, written = args.devices[0].type, [], time.monotonic()

@@ -11,8 +11,10 @@ from torch import distributed
 
 from harness.console import GO_ON, InputError, refusing
 
-WORDS = "out of memory|DefaultCPUAllocator|could not create a (primitive|memory)|bad_alloc|Cannot allocate memory"
-OUT_OF_MEMORY = re.compile(f"{WORDS}|STATUS_ALLOC_FAILED|Cuda failure 2", re.I)
+OUT_OF_MEMORY = (
+    "out of memory|CPUAllocator|could not create a (primitive|memory)|bad_alloc|Cannot allocate|ALLOC_FAILED|failure 2"
+)
+LOST_WORKER = r"DataLoader worker \(pid|unable to .*(shared memory|file </torch_)"
 
 
 def choose_device(gpus, cpu_processes=None):
@@ -70,9 +72,9 @@ def enough_memory(advice):
         yield
     except (RuntimeError, MemoryError) as error:
         reason = (str(error) or "MemoryError").splitlines()[0]
-        if "DataLoader worker" in reason:
+        if re.search(LOST_WORKER, str(error)):
             advice = f"type a smaller --num_workers, and give a container more (docker run --shm-size 8g); {GO_ON}"
-        elif not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+        elif not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error), re.I):
             raise
         raise InputError(f"too little memory ({reason}): {advice}") from error
 

@@ -120,7 +120,7 @@ def comparable(record):
 def list_changes(before, after):
     """What differs between two records: dict of name to text; what changes no result is left out."""
     was, now, changes = comparable(before), comparable(after), {}
-    for name in was | now:
+    for name in now | was:
         if was.get(name) != now.get(name):
             content = name in before["fingerprints"] | after["fingerprints"]
             changes[name] = f"{name}: changed" if content else f"{name} was {was.get(name)}, is {now.get(name)}"
@@ -155,7 +155,7 @@ def open_log_dir(args, n_folds, record, folds, check_networks):
         for fold in args.folds:
             if args.fresh or not (read_result(log_dir, fold) or resume_path(log_dir, fold).exists()):
                 of_fold = record_path(log_dir, fold)
-                left = {*log_dir.glob(f"fold={fold}-*.ckpt"), *log_dir.glob(f"metrics/fold={fold}*/*")} - {of_fold}
+                left = {*log_dir.glob(f"fold={fold}-*.ckpt"), *log_dir.glob(f"metrics/fold={fold}/*")} - {of_fold}
                 for path in [*left, of_fold.parent.with_suffix(".csv"), of_fold]:  # its record last: a kill may come
                     remove(path)
                 write_record(of_fold, record)

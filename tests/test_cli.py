@@ -162,7 +162,7 @@ def test_a_shared_memory_too_small_for_the_workers_ends_in_one_line(sample, tmp_
     done = subprocess.run(list(map(str, words)), cwd=tmp_path, capture_output=True, text=True)
     said = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert said.startswith("error: too little memory (DataLoader worker") and "--shm-size" in said
+    assert said.startswith("error: too little memory (") and "--shm-size" in said
     assert "type a smaller --num_workers" in said
 
 
@@ -246,6 +246,8 @@ def test_errors_of_memory_are_recognised_whoever_raises_them():
         assert re.match(r"error: too little memory \([^\n]+\): do this$", refusal(fail, error))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         fail(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="of the user"):  # of an edited augmentation, say
+        fail(RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nan error of the user"))
     worker = RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed.")
     assert re.search(r"too little memory \(DataLoader worker .* type a smaller --num_workers", refusal(fail, worker))
 

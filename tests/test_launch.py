@@ -74,7 +74,7 @@ def test_folds_in_parallel_leave_what_one_process_leaves(one_process, sample, tm
     assert outcome(tmp_path) == outcome(one_process)
     for fold in (0, 1, 2):  # each line carries its fold; there is one an epoch, and no progress bar
         lines = [line for line in done.stdout.splitlines() if line.startswith(f"fold {fold} | ")]
-        assert sum(f"fold {fold}, epoch " in line for line in lines) == 2
+        assert sum(f"fold {fold}, {n} of 2 epochs" in line for line in lines for n in (1, 2)) == 2
     again = train(sample, tmp_path, "--folds", 0, 1, 2, "--cpu_processes", 1)  # one after the other is the same run
     assert again.stdout.count("is finished already") == 3
 
@@ -282,7 +282,7 @@ def test_processes_that_see_other_things_than_the_first_are_named_before_the_fir
 
 def test_waiting_for_processes_that_nobody_starts_has_an_end_and_can_be_interrupted(sample, tmp_path):
     (alone,) = start_ranks(sample, [tmp_path], wait=2, ranks=[0])
-    refused([alone], "process 0 of 2 waits for the others at 127.0.0.1:", "in vain", "whether all were started")
+    refused([alone], "process 0 of 2 waits for the others at 127.0.0.1:", "in vain", "were all started?")
     for number in (signal.SIGINT, signal.SIGTERM):
         (alone,) = start_ranks(sample, [tmp_path], ranks=[0])
         wait_until(lambda alone=alone: "waits for the others at 127.0.0.1:" in alone.stdout, alone)
@@ -326,7 +326,7 @@ def test_a_number_of_processes_that_does_not_fit_is_refused(sample, tmp_path):
     where = ["--nnodes", 1, "--nproc_per_node", 2, "--master_port", free_port()]
     script = [REPO / "train.py", "--data_dir", sample, *QUICK, "--cpu_processes", 4]
     done = run_script("torch.distributed.run", *where, *script, cwd=tmp_path, check=False, **ONE_THREAD)
-    assert done.returncode == 1 and "error: 2 processes were started on this machine, for 4 devices" in done.stderr
+    assert done.returncode == 1 and "error: 2 processes were started here, for 4 devices" in done.stderr
     assert not (tmp_path / "logs").exists()
 
 

@@ -72,7 +72,7 @@ def test_what_users_add_goes_through_a_killed_and_resumed_fold(addition, repo, s
     assert outcome(killed) == outcome(whole)
     rates = pd.read_csv(whole / "logs" / "metrics" / "fold=0.csv")["lr"]
     if addition == "EarlyStopping":
-        assert len(rates) == 4 and "fold 0, epoch 3 (4 of 20)" in said  # it ends early, and is finished
+        assert len(rates) == 4 and "fold 0, 4 of 20 epochs: epoch 3" in said  # it ends early, and is finished
     elif addition == "ReduceLROnPlateau":
         assert rates.tolist() == [0.1, 0.05, 0.025, 0.0125, 0.00625]
     elif addition == "SGD without a schedule":
