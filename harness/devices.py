@@ -11,9 +11,7 @@ from torch import distributed
 
 from harness.console import GO_ON, InputError, refusing
 
-OUT_OF_MEMORY = (
-    "out of memory|CPUAllocator|could not create a (primitive|memory)|bad_alloc|Cannot allocate|ALLOC_FAILED|failure 2"
-)
+OUT_OF_MEMORY = "out of memory|CPUAllocator|could not create a|bad_alloc|Cannot allocate|ALLOC_FAILED|failure 2"
 LOST_WORKER = r"DataLoader worker \(pid|unable to .*(shared memory|file </torch_)"
 
 
