@@ -69,14 +69,20 @@ def test_folds_in_pieces_leave_what_one_process_leaves(one_process, sample, tmp_
     assert outcome(tmp_path) == outcome(one_process)
 
 
-def test_folds_in_parallel_leave_what_one_process_leaves(one_process, sample, tmp_path):
-    done = train(sample, tmp_path, "--folds", 0, 1, 2, "--cpu_processes", 2, "--parallel_folds")
-    assert outcome(tmp_path) == outcome(one_process)
-    for fold in (0, 1, 2):  # each line carries its fold; there is one an epoch, and no progress bar
-        lines = [line for line in done.stdout.splitlines() if line.startswith(f"fold {fold} | ")]
+def test_folds_in_parallel_leave_what_one_process_leaves_and_one_that_fails_is_named(one_process, sample, tmp_path):
+    command = ["--folds", 0, 1, 2, "--cpu_processes", 2, "--parallel_folds"]
+    (tmp_path / "logs" / "metrics" / "fold=1.csv" / "in the way").mkdir(parents=True)
+    failed = train(sample, tmp_path, *command, check=False)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith("error: fold 1 failed, see above; the same command")
+    assert "fold 1 | error: cannot delete logs/metrics/fold=1.csv (Is a directory)" in failed.stderr
+    assert pd.read_csv(tmp_path / "logs" / "results.csv")["fold"].tolist() == [0, 2]
+    for fold in (0, 2):  # each line carries its fold; there is one an epoch, and no progress bar
+        lines = [line for line in failed.stdout.splitlines() if line.startswith(f"fold {fold} | ")]
         assert sum(f"fold {fold}, {n} of 2 epochs" in line for line in lines for n in (1, 2)) == 2
+    shutil.rmtree(tmp_path / "logs" / "metrics" / "fold=1.csv")
     again = train(sample, tmp_path, "--folds", 0, 1, 2, "--cpu_processes", 1)  # one after the other is the same run
-    assert again.stdout.count("is finished already") == 3
+    assert again.stdout.count("is finished already") == 2 and outcome(tmp_path) == outcome(one_process)
 
 
 def test_two_processes_train_as_gpus_0_1_would(one_process, two_processes, sample):
@@ -106,14 +112,6 @@ def test_an_error_in_one_of_two_processes_ends_both_with_one_line(sample, tmp_pa
     errors = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
     assert errors == ["error: cannot delete logs/metrics/fold=0.csv (Is a directory)"]
     assert "Traceback" not in failed.stderr
-
-
-def test_a_fold_that_fails_in_parallel_is_named_and_the_others_are_done(sample, tmp_path):
-    (tmp_path / "logs" / "metrics" / "fold=1.csv" / "in the way").mkdir(parents=True)
-    done = train(sample, tmp_path, "--folds", 0, 1, 2, "--cpu_processes", 2, "--parallel_folds", check=False)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: fold 1 failed, see above; the same")
-    assert "fold 1 | error: cannot delete logs/metrics/fold=1.csv (Is a directory)" in done.stderr
-    assert pd.read_csv(tmp_path / "logs" / "results.csv")["fold"].tolist() == [0, 2]
 
 
 def test_a_source_file_edited_while_folds_are_trained_in_parallel_is_noticed(sample, repo, tmp_path):
@@ -157,14 +155,15 @@ needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="f
 
 
 @needs_proc
-@pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_of_two_processes_is_killed_the_other_ends_with_a_message(victim, sample, tmp_path):
+def test_when_one_of_two_processes_is_killed_the_other_ends_with_a_message(sample, tmp_path):
     script, ranks = start_two_processes(sample, tmp_path)
     assert len(ranks) == 2
-    os.kill(ranks[victim], signal.SIGKILL)
+    os.kill(ranks[1], signal.SIGKILL)
     assert script.wait(60) == 1
-    said = f"error: process {victim} of 2 was killed (SIGKILL), the others are ended; the same command (without --fresh) goes on from there"
-    assert script.stderr.splitlines()[-1] == said
+    said = (
+        "error: process 1 of 2 was killed (SIGKILL), the others are ended; the same command (without --fresh) goes on"
+    )
+    assert script.stderr.splitlines()[-1].startswith(said)
     assert script.group_is_gone() and are_gone(ranks)
 
 

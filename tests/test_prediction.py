@@ -10,7 +10,7 @@ import torch
 from dataset import LeafDataset
 from harness.console import InputError
 from inference import predict
-from models import LeafNet, fold_batch_norm, load_network
+from models import LeafNet, fold_batch_norm
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +31,6 @@ def job():
     cpu = [torch.device("cpu")]
     args = argparse.Namespace(devices=cpu, precision="32", val_batch_size=4, num_workers=0, image_size=[32, 64])
     return networks, LeafDataset(photos, [f"Test_{i}" for i in range(11)]), keys, args
-
-
-@pytest.mark.slow
-def test_a_compiled_network_predicts_the_same(job, trained):
-    network, photos = LeafNet().eval(), torch.randint(0, 256, (5, 64, 96, 3), dtype=torch.uint8)
-    checkpoint = next((trained / "logs").glob("fold=0-epoch=3*.ckpt"))
-    expected, compiled = (load_network(checkpoint, "se_resnext50_32x4d", compile=how) for how in (False, True))
-    assert compiled._compiled_call_impl is not None and expected._compiled_call_impl is None
-    with torch.inference_mode():
-        for some in (photos[:4], photos[4:]):  # a batch that is full, one that is not
-            torch.testing.assert_close(compiled(some), expected(some), atol=1e-4, rtol=1e-4)
-            assert (network(some) - expected(some)).abs().max() > 1e-2
 
 
 def test_a_prediction_that_finds_no_memory_says_what_to_type_and_that_works(job):

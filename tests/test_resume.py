@@ -93,13 +93,13 @@ def outcome(folder):
 
 @pytest.fixture(scope="session")
 def uninterrupted(sample, tmp_path_factory):
-    """A function: the outcome of a training with these options that nothing has interrupted, by a cold start."""
+    """A function: the outcome of a training with these options that nothing has interrupted; once by a cold start."""
 
     def find(options):
-        name = "whole" + "".join(map(str, options))
-        return outcome(
-            shared_folder(tmp_path_factory, name, lambda at: train_and_die("never", sample, at, options, True))
-        )
+        def fill(folder):
+            train_and_die("never", sample, folder, options, cold=options is SHORT)
+
+        return outcome(shared_folder(tmp_path_factory, "whole" + "".join(map(str, options)), fill))
 
     return find
 
@@ -198,7 +198,7 @@ def test_the_state_of_the_loss_scaler_is_kept(sample, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-    options = ["--data_dir", sample, *QUICK, "--max_epochs", 3, "--folds", 0]
+    options = ["--data_dir", sample, *QUICK, "--max_epochs", 3, "--folds", 0, "--limit", 24]
     run_and_die("train", "never", whole, *options, LOSS_SCALER="1")
     run_and_die("train", "epoch:2", killed, *options, LOSS_SCALER="1")
     assert "going on after epoch 1" in run_and_die("train", "never", killed, *options, LOSS_SCALER="1")
