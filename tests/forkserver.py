@@ -23,7 +23,7 @@ from pathlib import Path
 PACKAGES = """
 albumentations cv2 filelock jinja2 matplotlib.pyplot numpy pandas PIL.Image pretrainedmodels pytorch_lightning scipy.ndimage
 simplejpeg sklearn.calibration sklearn.metrics sklearn.model_selection torch torch.distributed.elastic.multiprocessing.api
-torch.distributed.launcher.api torch.utils.tensorboard torchvision tqdm yaml cleanlab.filter imagehash pytorch_grad_cam
+torch.distributed.launcher.api torch.utils.tensorboard torchvision tqdm yaml cleanlab.filter imagehash
 """.split()
 
 

@@ -10,6 +10,7 @@ Expect  one row per check: ok, failed, left out, or a figure. Without a GPU the 
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -327,7 +328,7 @@ def main(args):
                     add(found)
             except (Exception, console.InputError) as error:  # one check's error loses no other
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-                too_large = devices.OUT_OF_MEMORY.search(reason)  # no fault of the GPU
+                too_large = re.search(devices.OUT_OF_MEMORY, reason, re.I)  # no fault of the GPU
                 add(row(check.__name__, holds=None if too_large else False, about=reason))
     if failed := [found["check"].strip() for found in record["checks"] if found["result"] == "failed"]:
         raise console.InputError(f"{'; '.join(failed)}: see the table, and {args.out}")

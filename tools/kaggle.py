@@ -117,7 +117,7 @@ STARTED = time.monotonic()
 ROOT = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))
 INPUT, WORKING, TEMP = ROOT / "input", ROOT / "working", ROOT / "temp"  # the last is no part of the output
 REPO, STEPS_DONE = TEMP / "repository", WORKING / "steps_done.txt"
-ANALYSIS = ("matplotlib", "Jinja2", "grad-cam", "cleanlab", "ImageHash")  # the five steps do without them
+ANALYSIS = ("matplotlib", "Jinja2", "cleanlab", "ImageHash")  # the five steps do without them
 # Builds of OpenCV: one is enough, two break each other.
 BUILDS = [f"opencv-{kind}" for kind in ("python-headless", "python", "contrib-python", "contrib-python-headless")]
 
