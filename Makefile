@@ -15,7 +15,7 @@ demo: .venv/installed
 test: lint
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || echo "No browser here: the tests of \
 	error_analysis.html in one will be skipped. On Debian: apt-get install chromium chromium-driver"
-	.venv/bin/python -m pytest -n 2 --dist loadfile --durations=15
+	.venv/bin/python -m pytest -n 3 --dist load --maxschedchunk 1 --durations=15
 
 quick: lint
 	.venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(RECIPE)
@@ -28,7 +28,7 @@ gpu-check: .venv/installed
 	.venv/bin/python -m tools.gpu_check
 
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile --durations=15
+	.venv-oldest/bin/python -m pytest -n 3 --dist load --maxschedchunk 1 --durations=15
 
 .venv/installed: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv

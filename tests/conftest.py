@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -28,7 +27,7 @@ from harness.console import InputError
 
 REPO = Path(__file__).parent.parent
 SMALL = "--weights none --image_size 32 64 --max_epochs 1 --train_batch_size 8 --num_workers 0 --precision 32".split()
-QUICK = [*SMALL, "--backbone", "resnet18"]  # where it does not matter that the network is the real one
+QUICK = [*SMALL, "--backbone", "squeezenet1_1"]  # where it does not matter that the network is the real one
 RUNNING = set()  # processes that a failed test may have left
 
 
@@ -39,16 +38,28 @@ def end_what_is_left():
             process.kill_group()
 
 
-@cache
 def fork_server():
-    """Start forkserver.py; returns the address at which it takes requests until this process ends."""
-    address = str(Path(tempfile.mkdtemp()) / "forkserver")
-    command = [sys.executable, str(REPO / "tests" / "forkserver.py"), address]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-    assert server.stdout.readline() == b"ready\n"
-    atexit.register(shutil.rmtree, Path(address).parent)
-    atexit.register(server.communicate)
-    return address
+    """Start forkserver.py, once for all test processes; returns where it takes requests until the first of them ends."""
+    if "FORK_SERVER" not in os.environ:
+        address = os.environ["FORK_SERVER"] = str(Path(tempfile.mkdtemp()) / "forkserver")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(address)
+            listener.listen(64)
+            command, shared = [sys.executable, str(REPO / "tests" / "forkserver.py")], {"pass_fds": [listener.fileno()]}
+            command.append(str(listener.fileno()))
+            server = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, **shared)
+        atexit.register(shutil.rmtree, Path(address).parent)
+        atexit.register(server.communicate)
+    return os.environ["FORK_SERVER"]
+
+
+def pytest_configure(config):
+    if getattr(config.option, "numprocesses", None):  # the first of the processes; the others inherit the address
+        fork_server()
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)  # or one would be left at the end, alone
 
 
 class Script:

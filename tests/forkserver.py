@@ -5,7 +5,7 @@ modules itself; only the seconds of `import torch` are saved. The server never c
 What it cannot imitate, a cold start does (`cold=True` in conftest.py): environment variables that libraries read when
 they are imported. The number of threads, OMP_NUM_THREADS, is set by torch instead.
 
-Run by conftest.py:  python forkserver.py ADDRESS   (a Unix socket, ended by closing standard input)
+Run by conftest.py:  python forkserver.py DESCRIPTOR   (of a listening Unix socket; closing standard input ends it)
 """
 
 import gc
@@ -27,13 +27,9 @@ torch.distributed.launcher.api torch.utils.tensorboard torchvision tqdm yaml cle
 """.split()
 
 
-def serve(address):
+def serve(listener):
     """Fork for each request until standard input is closed; returns, in the forked process, what it shall become."""
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
-    listener.listen(64)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the keepers
-    print("ready", flush=True)
     while True:
         if sys.stdin.buffer in select.select([listener, sys.stdin.buffer], [], [])[0]:
             raise SystemExit
@@ -106,4 +102,4 @@ if __name__ == "__main__":
     for name in PACKAGES:
         importlib.import_module(name)
     gc.freeze()  # or the first collection of a fork would copy every page
-    become(**serve(sys.argv[1]))
+    become(**serve(socket.socket(fileno=int(sys.argv[1]))))

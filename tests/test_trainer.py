@@ -2,8 +2,10 @@
 
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
+import pytorch_lightning as pl
 import torch
 from conftest import QUICK, edit, run_script
 from test_resume import KILLER, outcome
@@ -38,6 +40,14 @@ EDITS = {  # what is added: the file, the old text or the pattern, the new text;
         [(CALLBACKS, "*run.callbacks(fold), pl.callbacks.EarlyStopping('val_loss', min_delta=9.0, patience=3)]")],
         ["--max_epochs", 20],
     ),
+    "WeightAveraging": (
+        "train.py",
+        [
+            (CALLBACKS, "*run.callbacks(fold), pl.callbacks.EMAWeightAveraging(decay=0.5)]"),
+            ("save_weights_only=True", "save_weights_only=False"),
+        ],
+        [],
+    ),
     "SGD without a schedule": (
         "models.py",
         [(ADAM, "        return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)\n")],
@@ -52,6 +62,8 @@ EDITS = {  # what is added: the file, the old text or the pattern, the new text;
     ),
     "--compile": ("train.py", [], ["--compile"]),
 }
+if not hasattr(pl.callbacks, "EMAWeightAveraging"):
+    del EDITS["WeightAveraging"]  # Lightning has it since 2.6
 
 
 @pytest.mark.long
@@ -91,6 +103,12 @@ def test_what_users_add_goes_through_a_killed_and_resumed_fold(addition, repo, s
     run_script(*step_2, cwd=killed)
     submission = pd.read_csv(killed / "submission-folds=0.csv", index_col=0)
     assert len(submission) == 12
+    soft, validated = (
+        pd.read_csv(killed / name, index_col=0) for name in ("soft_labels-folds=0.csv", "logs/out_of_fold.csv")
+    )
+    np.testing.assert_allclose(
+        soft, validated.loc[soft.index, list(soft)], atol=1e-5
+    )  # what was validated is what predicts
     if addition == "--compile":
         run_script(*step_2, "--compile", cwd=whole)
         compiled = pd.read_csv(whole / "submission-folds=0.csv", index_col=0)
