@@ -5,7 +5,6 @@ All tests run on the CPU, also where there are GPUs. Under `pytest -n 2` each pr
 
 import atexit
 import os
-import pickle
 import shutil
 import signal
 import socket
@@ -22,6 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 from filelock import FileLock
+from forkserver import ask
 
 from harness.console import InputError
 
@@ -42,6 +42,10 @@ def fork_server():
     """Start forkserver.py, once for all test processes; returns where it takes requests until the first of them ends."""
     if "FORK_SERVER" not in os.environ:
         address = os.environ["FORK_SERVER"] = str(Path(tempfile.mkdtemp()) / "forkserver")
+        code = f"import sys\nsys.path.append({str(REPO / 'tests')!r})\nimport forkserver\nforkserver.imitate_python(sys.argv[1:])"
+        python = Path(address).with_name("python")
+        python.write_text(f"#!{sys.executable} -IS\n{code}\n")
+        python.chmod(0o755)
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(address)
             listener.listen(64)
@@ -79,11 +83,9 @@ class Script:
                 self.process = subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **streams)
                 self.pid, self.status = self.process.pid, None
             else:
-                request = {"arguments": arguments, "cwd": str(cwd), "environment": environment, **limits}
-                self.status = socket.socket(socket.AF_UNIX)
-                self.status.connect(fork_server())
-                socket.send_fds(self.status, [pickle.dumps(request)], [stream.fileno() for stream in streams])
-                self.pid = int.from_bytes(self.status.recv(4), "little")
+                environment = environment | {"FORK_SERVER": fork_server()}
+                descriptors = [stream.fileno() for stream in streams]
+                self.pid, self.status = ask(fork_server(), arguments, cwd, environment, descriptors, **limits)
 
     @property
     def stdout(self):

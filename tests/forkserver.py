@@ -3,7 +3,8 @@
 A script started here is a process of its own, with its own id, group, signals, locks and exit status, that imports our
 modules itself; only the seconds of `import torch` are saved. The server never computes: a fork would lack the threads.
 What it cannot imitate, a cold start does (`cold=True` in conftest.py): environment variables that libraries read when
-they are imported. The number of threads, OMP_NUM_THREADS, is set by torch instead.
+they are imported. The number of threads, OMP_NUM_THREADS, is set by torch instead. The Python that such a script starts
+itself, for a second process say, is `imitate_python`, unless COLD_CHILDREN is set: it asks the server, too.
 
 Run by conftest.py:  python forkserver.py DESCRIPTOR   (of a listening Unix socket; closing standard input ends it)
 """
@@ -18,6 +19,7 @@ import select
 import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 PACKAGES = """
@@ -25,6 +27,26 @@ albumentations cv2 filelock jinja2 matplotlib.pyplot numpy pandas PIL.Image pret
 simplejpeg sklearn.calibration sklearn.metrics sklearn.model_selection torch torch.distributed.elastic.multiprocessing.api
 torch.distributed.launcher.api torch.utils.tensorboard torchvision tqdm yaml cleanlab.filter imagehash
 """.split()
+
+
+def ask(address, arguments, cwd, environment, descriptors, **limits):
+    """Ask the server for a process; returns its id, and the connection that will say how it ended: closed, it is killed."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(address)
+    request = {"arguments": arguments, "cwd": str(cwd), "environment": environment, **limits}
+    socket.send_fds(connection, [pickle.dumps(request)], descriptors)
+    return int.from_bytes(connection.recv(4), "little"), connection
+
+
+def imitate_python(words):
+    """Be `python WORDS`, as seen by the process that has started this one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    words = words[words[0] == "-u" :]
+    _, connection = ask(os.environ["FORK_SERVER"], words, os.getcwd(), dict(os.environ), [0, 1, 2])
+    status = int.from_bytes(connection.recv(4), "little", signed=True)
+    if status < 0:
+        os.kill(os.getpid(), -status)
+    raise SystemExit(status)
 
 
 def serve(listener):
@@ -62,17 +84,23 @@ def keep(connection, request, descriptors):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection.sendall(pid.to_bytes(4, "little"))
     os.write(child, b".")
+    ended = os.pidfd_open(pid)
+    if ended not in select.select([ended, connection], [], [])[0]:
+        os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
-    connection.sendall(os.waitstatus_to_exitcode(status).to_bytes(4, "little", signed=True))
+    with suppress(BrokenPipeError):
+        connection.sendall(os.waitstatus_to_exitcode(status).to_bytes(4, "little", signed=True))
     os._exit(0)
 
 
-def become(arguments, cwd, environment, file_size, memory):
+def become(arguments, cwd, environment, file_size=None, memory=None):
     """Turn this process into `python ARGUMENTS`: a script, `-m MODULE` or `-c CODE`, and what follows."""
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+    if "COLD_CHILDREN" not in environment:
+        sys.executable = str(Path(environment["FORK_SERVER"]).with_name("python"))
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     if memory is not None:

@@ -186,7 +186,7 @@ def test_precision_is_never_changed_silently(monkeypatch):
         assert choose_precision(None, "cpu") == expected
 
 
-def test_float32_means_float32_and_algorithms_are_fixed(trained, monkeypatch, tmp_path):
+def test_float32_means_float32_and_algorithms_are_fixed(two_folds, monkeypatch, tmp_path):
     """TF32, on by default in cuDNN, has 10 bits; the original predicts in float32, with deterministic algorithms."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     monkeypatch.setattr(cudnn, "benchmark", True)
@@ -195,7 +195,7 @@ def test_float32_means_float32_and_algorithms_are_fixed(trained, monkeypatch, tm
     compute_exactly("16")
     assert cudnn.allow_tf32 and cudnn.deterministic and not cudnn.benchmark
     monkeypatch.chdir(tmp_path)
-    options = ["--log_dir", str(trained / "logs"), "--folds", "0"]
+    options = ["--log_dir", str(two_folds / "logs"), "--folds", "0"]
     load_trained(parse_args(make_prediction_parser(""), options))
     assert not cudnn.allow_tf32 and not matmul.allow_tf32 and cudnn.deterministic
 
@@ -274,6 +274,7 @@ def test_an_out_of_memory_error_says_what_to_type_and_that_works(sample, tmp_pat
 def test_a_cpu_without_memory_says_what_to_type_and_that_works(sample, tmp_path):
     """A real process whose memory is limited, as by `ulimit -v`: far too little for 32 photos, enough for two."""
     train = ["train.py", "--data_dir", sample, *QUICK, "--folds", 0, "--image_size", 224, 224, "--train_batch_size", 32]
+    train += ["--backbone", "resnet18"]
     run = run_script(*train, cwd=tmp_path, check=False, memory=1_000_000_000)
     said = run.stderr.splitlines()[-1]
     assert run.returncode == 1 and said.startswith("error: too little memory") and "Traceback" not in run.stderr

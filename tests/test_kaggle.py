@@ -44,27 +44,13 @@ def make_root(sample, tmp_path):
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-# The packed script. Its commands are forked, which saves the imports. "cut": its time is over when a fold is finished.
+# The packed script. "cut": its time is over when a fold is finished.
 RUN = """
-import importlib.util, os, runpy, sys, time
+import importlib.util, sys, time
 from types import SimpleNamespace
 spec = importlib.util.spec_from_file_location("run", sys.argv[1])
 run = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(run)
-class Process:
-    def __init__(self, command, cwd, start_new_session):
-        self.returncode, self.pid = None, os.fork()
-        if self.pid == 0:
-            os.setsid()
-            os.chdir(cwd)
-            sys.argv, sys.path[0] = command[1:], os.path.dirname(command[1])
-            runpy.run_path(command[1], run_name="__main__")
-            raise SystemExit
-    def poll(self):
-        if self.returncode is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
-            self.returncode = os.waitstatus_to_exitcode(ended[1])
-        return self.returncode
-run.subprocess = SimpleNamespace(Popen=Process)
 if sys.argv[2] == "cut":
     late = lambda: time.monotonic() + 1e6 * (run.WORKING / "logs" / "results.csv").exists()
     run.time = SimpleNamespace(sleep=time.sleep, monotonic=late)

@@ -127,7 +127,8 @@ def children(pid):
 def start_two_processes(sample, folder):
     """A long training by two processes; returns it and its two processes, once the first epoch is over."""
     options = ["--folds", 1, "--max_epochs", 5000, "--cpu_processes", 2]
-    script = start_script("train.py", "--data_dir", sample, *QUICK, *options, cwd=folder, **ONE_THREAD)
+    how = ONE_THREAD | {"COLD_CHILDREN": "1"}
+    script = start_script("train.py", "--data_dir", sample, *QUICK, *options, cwd=folder, **how)
     wait_until((folder / "logs" / "metrics" / "fold=1.csv").exists, script)
     return script, children(script.pid)
 
