@@ -106,6 +106,8 @@ def become(arguments, cwd, environment, file_size=None, memory=None):
     if memory is not None:
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, mapped + memory))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding=environment.get("PYTHONIOENCODING"))
     import torch
 
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))

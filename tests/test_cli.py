@@ -29,6 +29,25 @@ def test_help_shows_the_command_and_the_defaults(script, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+PRINT = """
+import sys
+from harness.console import Parser, parse_args, say
+parse_args(Parser("")), say("叶 " * 10_000), print("更", file=sys.stderr), open("made", "w")
+"""
+
+
+@pytest.mark.parametrize(
+    "stdout", ["> /dev/full", ">&-", "2> /dev/full", "> /dev/full 2>&1", "2>&- >&-", "| head -c 1", "> out"]
+)
+def test_what_cannot_be_printed_is_lost_and_the_work_goes_on(stdout, tmp_path):
+    where = {"PYTHONPATH": str(REPO), "PYTHONIOENCODING": "ascii", "PATH": os.environ["PATH"]}
+    shell = ["bash", "-o", "pipefail", "-c", f'{sys.executable} -c "$0" {stdout}', PRINT]
+    done = subprocess.run(shell, cwd=tmp_path, env=where, text=True, capture_output=True)
+    assert (tmp_path / "made").exists() and "Traceback" not in done.stderr and done.returncode == 0, done.stderr
+    if stdout == "> out":
+        assert (tmp_path / "out").read_text().endswith("\\u53f6 \n") and done.stderr == "\\u66f4\n"
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_misspelt_option_stops_at_once(script, tmp_path):
     done = run_script(script, "--max_epoch", "3", cwd=tmp_path, check=False, cold=True)

@@ -152,7 +152,7 @@ def test_two_seeds_of_one_variant_are_not_told_apart_and_a_real_difference_is(tm
     write_run(tmp_path / "logs", 1)
     write_run(tmp_path / "again", 2)
     write_run(tmp_path / "better", 3, skill=3.2, learning_rate=3e-4)
-    done = run_script("compare.py", "logs", "again", "better", "--csv", "out.csv", cwd=tmp_path, cold=True)
+    done = run_script("compare.py", "logs", "again", "better", "--csv", "out.csv", cwd=tmp_path)
     verdicts = done.stdout.splitlines()[:2]  # before anything else
     assert verdicts[0].startswith("verdict: again cannot be told apart from logs in mean AUC (")
     assert verdicts[1].startswith("verdict: better is better than logs in mean AUC (+")

@@ -59,7 +59,7 @@ def analysed(trained, tmp_path_factory):
         wrong.rename("true_label").to_csv(folder / "wrong.csv")
         (folder / "twins.csv").write_text(f"{original},{twin}")
         options = ["--data_dir", "data", "--folds", 0, "--worst", WORST, "--tta_draws", N_VIEWS, "--num_workers", 0]
-        done = run_script("error_analysis.py", *options, "--log_dir", trained / "logs", cwd=folder, cold=True)
+        done = run_script("error_analysis.py", *options, "--log_dir", trained / "logs", cwd=folder)
         (folder / "stdout").write_text(done.stdout)
 
     return shared_folder(tmp_path_factory, "analysed", analyse)

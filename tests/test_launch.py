@@ -26,9 +26,9 @@ QUICK = [*ONE_EPOCH, "--max_epochs", 2]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # on a CPU, results depend on the number of threads
 
 
-def train(sample, folder, *options, check=True, cold=False):
+def train(sample, folder, *options, check=True):
     options = ["--data_dir", sample, *QUICK, *options]
-    return run_script("train.py", *options, cwd=folder, check=check, cold=cold, **ONE_THREAD)
+    return run_script("train.py", *options, cwd=folder, check=check, **ONE_THREAD)
 
 
 def outcome(folder):
@@ -51,9 +51,7 @@ def outcome_of_fold_1(folder):
 @pytest.fixture(scope="session")
 def one_process(sample, tmp_path_factory):
     """Folds 0, 1 and 2, one after the other in one process."""
-    return shared_folder(
-        tmp_path_factory, "one_process", lambda folder: train(sample, folder, "--folds", 0, 1, 2, cold=True)
-    )
+    return shared_folder(tmp_path_factory, "one_process", lambda folder: train(sample, folder, "--folds", 0, 1, 2))
 
 
 @pytest.fixture(scope="session")
@@ -124,11 +122,11 @@ def children(pid):
     return [int(child) for child in found if b"train.py" in open(f"/proc/{child}/cmdline", "rb").read()]
 
 
-def start_two_processes(sample, folder):
+def start_two_processes(sample, folder, **environment):
     """A long training by two processes; returns it and its two processes, once the first epoch is over."""
     options = ["--folds", 1, "--max_epochs", 5000, "--cpu_processes", 2]
-    how = ONE_THREAD | {"COLD_CHILDREN": "1"}
-    script = start_script("train.py", "--data_dir", sample, *QUICK, *options, cwd=folder, **how)
+    environment |= ONE_THREAD
+    script = start_script("train.py", "--data_dir", sample, *QUICK, *options, cwd=folder, **environment)
     wait_until((folder / "logs" / "metrics" / "fold=1.csv").exists, script)
     return script, children(script.pid)
 
@@ -162,7 +160,7 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_with_a_message(sampl
 @pytest.mark.long
 @needs_proc
 def test_processes_end_when_their_launcher_is_killed(sample, tmp_path):
-    script, ranks = start_two_processes(sample, tmp_path)
+    script, ranks = start_two_processes(sample, tmp_path, COLD_CHILDREN="1")  # they must notice it themselves
     os.kill(script.pid, signal.SIGKILL)
     script.wait()
     assert len(ranks) == 2 and script.group_is_gone() and are_gone(ranks)

@@ -147,7 +147,7 @@ def test_the_blend_is_the_mean_of_both_submissions(done):
 
 @pytest.mark.long
 def test_the_same_commands_give_the_same_bytes_whatever_the_workers(done, sample, tmp_path):
-    """By new interpreters, one fold, then step 2 with all five; steps 3 and 4 are the same code as 1 and 2."""
+    """One fold by a new interpreter, then step 2 with all five; steps 3 and 4 are the same code as 1 and 2."""
     run_script("train.py", "--data_dir", sample, *SMALL, "--num_workers", 2, "--folds", 0, cwd=tmp_path, cold=True)
     assert (tmp_path / "logs" / "folds.csv").read_bytes() == (done[0] / "logs" / "folds.csv").read_bytes()
     for name in ("results.csv", "out_of_fold.csv"):
@@ -155,7 +155,7 @@ def test_the_same_commands_give_the_same_bytes_whatever_the_workers(done, sample
         assert [header, *rows] == of_all[: len(rows) + 1], name
     shutil.copytree(done[0] / "logs", tmp_path / "logs", dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "logs" / "predictions")
-    run_script("generate_soft_labels.py", "--num_workers", 2, cwd=tmp_path, cold=True)
+    run_script("generate_soft_labels.py", "--num_workers", 2, cwd=tmp_path)
     for name in ("soft_labels.csv", "submission.csv"):
         assert (tmp_path / name).read_bytes() == (done[0] / name).read_bytes(), name
 

@@ -85,7 +85,7 @@ def test_a_training_photo_gets_its_out_of_fold_prediction(run_of_fold_0, trained
     (tmp_path / "叶.jpg").write_bytes(photos[0].read_bytes())
     (tmp_path / "日志").symlink_to(trained / "logs")
     options = ["--log_dir", "日志", "--folds", 0, "--num_workers", 0]
-    done = run_script("predict.py", *photos, "叶.jpg", *options, cwd=tmp_path, cold=True, PYTHONIOENCODING="ascii")
+    done = run_script("predict.py", *photos, "叶.jpg", *options, cwd=tmp_path, PYTHONIOENCODING="ascii")
     found = pd.read_csv(tmp_path / "predictions.csv").set_index("image")
     assert found.index.tolist() == [*map(str, photos), "叶.jpg"] and list(found.columns) == list(CLASSES)
     np.testing.assert_allclose(found, expected.iloc[[0, 1, 2, 3, 4, 0]], atol=1e-5)

@@ -68,6 +68,7 @@ def watched(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.optim.Adam, "step", watch_step)
         monkeypatch.setattr(models.LeafModule, "training_step", watch_batch)
         arguments = f"--log_dir {tmp_path} --folds 1 --max_epochs 8 --train_batch_size 8 --num_workers 0 --precision 32"
+        arguments += " --backbone squeezenet1_1"
         args = parse_args(make_training_parser(train.__doc__), [*arguments.split(), *options])
         data = noise(args)
         train_on(args, data)
