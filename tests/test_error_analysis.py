@@ -105,6 +105,7 @@ def page_photos(page):
     return json.loads(re.search(r'<script type="application/json" id="photos">(.*?)</script>', page, re.S).group(1))
 
 
+@pytest.mark.long
 def test_heat_maps_of_rust_lie_on_the_spots_that_were_drawn(trained):
     leaves, network, gains = trained / "leaves", load_trained(trained), []
     labels, lesions = pd.read_csv(leaves / "test_labels.csv"), pd.read_csv(leaves / "lesions.csv")

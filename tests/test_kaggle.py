@@ -9,12 +9,12 @@ import sys
 import pandas as pd
 import pytest
 import yaml
-from conftest import REPO, SMALL, copy_recipe, edit, refusal, run_script
+from conftest import REPO, QUICK, copy_recipe, edit, refusal, run_script
 from packaging.requirements import Requirement
 
 from tools import kaggle
 
-OPTIONS = " ".join([*SMALL, "--backbone", "timm/test_resnet", "--keep_checkpoints", "1"])  # a tiny network
+OPTIONS = " ".join([*QUICK, "--keep_checkpoints", "1"])
 
 
 @pytest.fixture

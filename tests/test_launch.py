@@ -61,7 +61,6 @@ def two_processes(sample, tmp_path_factory):
     return shared_folder(tmp_path_factory, "two_processes", lambda folder: train(sample, folder, *options))
 
 
-@pytest.mark.long
 def test_folds_in_parallel_leave_what_one_process_leaves_and_none_is_trained_by_edited_files(
     one_process, sample, repo, tmp_path
 ):
@@ -84,7 +83,6 @@ def test_folds_in_parallel_leave_what_one_process_leaves_and_none_is_trained_by_
     assert again.stdout.count("is finished already") == 2 and outcome(tmp_path) == outcome(one_process)
 
 
-@pytest.mark.long
 def test_two_processes_train_as_gpus_0_1_would(one_process, two_processes, sample):
     """DDP over gloo: two folds in one command, 9 validation photos between two, each once."""
     results = pd.read_csv(two_processes / "logs" / "results.csv")
@@ -104,7 +102,6 @@ def test_two_processes_train_as_gpus_0_1_would(one_process, two_processes, sampl
     assert np.sum(folds == 0) == 9
 
 
-@pytest.mark.long
 def test_an_error_in_one_of_two_processes_ends_both_with_one_line(sample, tmp_path):
     (tmp_path / "logs" / "metrics" / "fold=0.csv").mkdir(parents=True)  # in the way of the metrics
     (tmp_path / "logs" / "metrics" / "fold=0.csv" / "x").touch()
@@ -143,7 +140,6 @@ def are_gone(ranks, seconds=30):
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds processes in Linux' /proc")
 
 
-@pytest.mark.long
 @needs_proc
 def test_when_one_of_two_processes_is_killed_the_other_ends_with_a_message(sample, tmp_path):
     script, ranks = start_two_processes(sample, tmp_path)
@@ -157,7 +153,6 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_with_a_message(sampl
     assert script.group_is_gone() and are_gone(ranks)
 
 
-@pytest.mark.long
 @needs_proc
 def test_processes_end_when_their_launcher_is_killed(sample, tmp_path):
     script, ranks = start_two_processes(sample, tmp_path, COLD_CHILDREN="1")  # they must notice it themselves
@@ -166,7 +161,6 @@ def test_processes_end_when_their_launcher_is_killed(sample, tmp_path):
     assert len(ranks) == 2 and script.group_is_gone() and are_gone(ranks)
 
 
-@pytest.mark.long
 @needs_proc
 def test_ctrl_c_ends_all_processes_with_one_line(sample, tmp_path):
     script, ranks = start_two_processes(sample, tmp_path)
@@ -188,7 +182,6 @@ def finish(scripts):
     assert ended == [0] * len(scripts), "\n".join(script.stdout + script.stderr for script in scripts)
 
 
-@pytest.mark.long
 def test_torchrun_on_two_machines_leaves_what_two_processes_of_one_leave(two_processes, sample, tmp_path):
     port = free_port()
     script = [REPO / "train.py", "--data_dir", sample, *QUICK, "--folds", 1]

@@ -145,7 +145,6 @@ def test_the_blend_is_the_mean_of_both_submissions(done):
     np.testing.assert_allclose(read(folder / "submission_mix.csv"), expected, atol=1e-15)
 
 
-@pytest.mark.long
 def test_the_same_commands_give_the_same_bytes_whatever_the_workers(done, sample, tmp_path):
     """One fold by a new interpreter, then step 2 with all five; steps 3 and 4 are the same code as 1 and 2."""
     run_script("train.py", "--data_dir", sample, *SMALL, "--num_workers", 2, "--folds", 0, cwd=tmp_path, cold=True)

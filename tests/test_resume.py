@@ -108,7 +108,9 @@ def uninterrupted(sample, tmp_path_factory):
 @pytest.mark.parametrize(
     "moment, options, goes_on_after",
     [
-        ("epoch:2", REAL, 1),  # in the last epoch: some of the checkpoints written before are replaced already
+        pytest.param(
+            "epoch:2", REAL, 1, marks=pytest.mark.long
+        ),  # in the last epoch: some of the checkpoints written before are replaced already
         ("epoch:3", WORKERS, 2),  # Lightning asks them for the order of an epoch before it has told the sampler which
         ("epoch:0", LONG, None),  # before the first epoch is kept
         ("half:epoch=3", LONG, 2),  # a checkpoint half written
