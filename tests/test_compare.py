@@ -63,7 +63,7 @@ def test_of_simulated_experiments_95_in_100_intervals_hold_the_true_difference(c
     n_runs, spread, gain = EXPERIMENTS[case]
     skills, truth = (2.0, 2.0 + gain), true_auc(2.0 + gain, spread) - true_auc(2.0, spread)
     assert (truth > 0.01) == (gain > 0)
-    found = [experiment(number, (n_runs, n_runs), skills, (spread, spread), 200) for number in range(800)]
+    found = [experiment(number, (n_runs, n_runs), skills, (spread, spread), 200) for number in range(600)]
     assert 0.93 <= np.mean([of.low <= truth <= of.high for of in found]) <= 0.97
     said = np.mean([bool(of) for of in found])
     assert gain or said <= 0.06  # "better" or "worse", though there is no difference

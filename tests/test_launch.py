@@ -302,7 +302,7 @@ def test_the_shell_of_an_allocation_is_no_step_of_srun(monkeypatch):
 
 
 def test_jobs_that_start_together_never_take_each_others_folds(tmp_path):
-    """Five jobs of an array on a file system where letting go of a lock takes a while; twenty starts of each."""
+    """Five jobs of an array on a file system where letting go of a lock takes a while; ten starts of each."""
     scripts = [start_script("-c", STARTER, fold, cwd=tmp_path) for fold in range(5)]
     assert [script.wait() for script in scripts] == [0] * 5, "".join(script.stderr for script in scripts)
 
@@ -325,7 +325,7 @@ release = FileLock.release
 FileLock.release = lambda self, force=False: (time.sleep(0.003), release(self, force))
 args = Namespace(log_dir="logs", folds=[int(sys.argv[1])], fresh=False, accept_changes=False)
 record = {"format": 4, "source": "0", "environment": {}, "options": {}, "fingerprints": {}}
-for start in range(20):
+for start in range(10):
     locks = open_log_dir(args, 5, record, pd.DataFrame({"image_id": ["a"], "fold": [0]}), None)
     time.sleep(0.003)
     for lock in locks:

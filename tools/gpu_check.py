@@ -128,7 +128,7 @@ def train(m, log_dir, *options, killed_before=99, **environment):
     if not (m.folder / "sample").exists():
         generate(m.folder / "sample", n_train=41, n_test=8, photo_size=(96, 144), seed=0, threads=2)
     words = ["--data_dir", "sample", "--weights", "none", "--image_size", *SMALL_SIZE, "--train_batch_size", 8]
-    words += ["--max_epochs", 3, "--folds", 0, "--backbone", BACKBONE if m.gpus else "resnet18", "--log_dir", log_dir]
+    words += ["--max_epochs", 3, "--folds", 0, "--backbone", BACKBONE if m.gpus else "squeezenet1_1", "--log_dir", log_dir]
     words += [*(["--gpus", m.device.index] if m.gpus else []), *options]
     command = [sys.executable, "-c", KILLED, str(killed_before), str(REPO / "train.py"), *map(str, words)]
     with tempfile.TemporaryDirectory() as cache:  # as on another machine, where nothing is compiled already
