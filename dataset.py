@@ -67,7 +67,8 @@ def cached_photos(args, name, image_ids):
 
 def read_test_ids(data_dir):
     """The image_ids to predict, Series of str, in the row order of sample_submission.csv; test.csv must have the same."""
-    image_ids = read_table(Path(data_dir) / "sample_submission.csv", ("image_id", *CLASSES))["image_id"]
+    hint = "it lists the photos to predict: image_id, and any number for each class, as in the competition's data"
+    image_ids = read_table(Path(data_dir) / "sample_submission.csv", ("image_id", *CLASSES), hint=hint)["image_id"]
     read_table(Path(data_dir) / "test.csv", ("image_id",), wanted=image_ids)
     return image_ids
 

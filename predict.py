@@ -23,6 +23,7 @@ def make_photo_parser():
     group.add_argument("--tta", action="store_true", help="predict the mean of augmented views, as steps 2 and 4 do")
     group.add_argument("--heat_maps", **path, metavar="FOLDER", help="also write pictures of where the networks looked")
     group.add_argument("--output", **path, default="predictions.csv", metavar="CSV", help="file for the probabilities")
+    parser.needs["tta_draws"] = "tta"
     return parser
 
 
@@ -138,8 +139,6 @@ def draw_heat_map(path, photo, predicted, args, networks):
 
 
 def main(args):
-    if "tta_draws" in args.typed and not args.tta:
-        raise InputError("--tta_draws does nothing without --tta: type both")
     check_writable(args.output)
     if args.heat_maps is not None:
         check_writable(Path(args.heat_maps) / "map.jpg")

@@ -75,6 +75,7 @@ def make_training_parser(doc):
         "--soft_labels_filename", type=file_or_folder, metavar="CSV", help="soft labels to mix with the hard labels"
     )
     data.add_argument("--soft_share", type=share, default=0.3, help="share of the soft labels in that mix")
+    parser.needs["soft_share"] = "soft_labels_filename"
     data.add_argument("--limit", type=positive, metavar="N", help="for a quick look: only N labelled and N test photos")
     data.add_argument(
         "--seed", type=not_negative, default=2020, help="seed of the folds, the head, the order and the augmentation"

@@ -57,15 +57,12 @@ def sketch(name, image_size=None):
         network = create(name).eval()
         own_size = own_config(network, name)["input_size"][1:]
         height, width = image_size or own_size
-        what = (
-            f"--backbone {name} does not fit photos of {height}x{width}, or our head, which pools one map per channel"
-        )
+        what = f"--backbone {name} does not fit photos of {height}x{width}, or our head (one map per channel)"
         made_for = f"; it was made for --image_size {own_size[0]} {own_size[1]}"
         with refusing(what, AttributeError, AssertionError, RuntimeError, advice=made_for):
             maps = compute_maps(network, torch.zeros(1, 3, height, width))
-            if maps.ndim != 4 or maps.shape[1] != getattr(
-                network, "num_features", maps.shape[1]
-            ):  # timm's (n, h, w, c)
+            n_features = getattr(network, "num_features", maps.shape[1])  # timm's, whose maps may be (n, h, w, c)
+            if maps.ndim != 4 or maps.shape[1] != n_features:
                 raise RuntimeError(f"its features are {tuple(maps.shape[1:])} per photo")
     return network, maps
 
@@ -122,8 +119,7 @@ def find_weights(weights, backbone):
             failures.append(f"{url}: {error}")
         finally:
             socket.setdefaulttimeout(None)
-    names = ", ".join(path.name for path in paths)
-    raise InputError(f"no ImageNet weights ({'; '.join(failures)}). Put one of {names} into {folder}{BY_HAND}")
+    raise InputError(f"no ImageNet weights ({'; '.join(failures)}). Put {path.name} into {folder}{BY_HAND}")
 
 
 def check_hash(path):

@@ -9,10 +9,13 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from contextlib import contextmanager, suppress
 
+os.environ["MPLBACKEND"] = "agg"  # a notebook's is inherited, and torchmetrics imports matplotlib
+tempfile.tempdir = "/tmp" if len(tempfile.gettempdir()) > 70 else None  # sockets' names are limited
 PREFIX = os.environ.get("PLANT_PATHOLOGY_PREFIX")  # set where train.py has started a process: what its lines begin with
 MAIN_PROCESS = os.getpid()  # loaders' workers are forked from it
 GO_ON = "the same command (without --fresh) goes on from there"
@@ -100,6 +103,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+        self.needs = {}  # options that do nothing without another one: dict of both names
 
     def error(self, message):
         self.exit(2, f"error: {message}; {self.prog} --help lists all options\n")
@@ -145,6 +149,9 @@ def parse_args(parser, argv=None):
             parser.error(f"unrecognized option {option}{close}")
     args = parser.parse_args(argv)
     args.typed = {known[option].dest for option in words & set(known)}
+    for name, other in parser.needs.items():
+        if name in args.typed and not getattr(args, other):
+            raise InputError(f"--{name} does nothing without --{other}: type both")
     if hasattr(args, "folds"):
         args.folds = sorted(set(args.folds))
     return args

@@ -99,7 +99,8 @@ def read_table(path, columns, rule=None, wanted=None, may_hold_more=False, hint=
     header = frame.iloc[0].tolist()
     raise_all(path, ["its columns are separated by semicolons: save it with commas"] * (";" in header[0]))
     complaints = [f"lacks the column {name}" for name in columns if name not in header]
-    complaints += [f"has a column {name!r} that does not belong there" for name in header if name not in columns]
+    others = [name for name in header if name not in columns]
+    complaints += [f"has a column {name!r} that does not belong there (see CLASSES in utils.py)" for name in others]
     complaints += [f"has the column {name} twice" for name in columns if header.count(name) > 1]
     raise_all(path, complaints)
     frame = frame.iloc[1:].set_axis(header, axis=1)[list(columns)]

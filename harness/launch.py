@@ -103,8 +103,8 @@ def launch_processes(n):
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:
             raise SystemExit(1) from error
-        name = signal.Signals(-failure.exitcode).name
-        raise InputError(f"process {rank} of {n} was killed ({name}), the others are ended; {GO_ON}") from error
+        killed = f"process {rank} of {n} was killed ({signal.Signals(-failure.exitcode).name})"
+        raise InputError(f"{killed}, the others are ended; {GO_ON}") from error
     except SignalException as error:
         stop(error.sigval)
 

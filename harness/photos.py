@@ -26,12 +26,11 @@ from harness.files import atomic_write, lock_file, remove
 FORMATS = ("PNG", "TIFF", "WEBP", "BMP", "GIF", "AVIF", "HEIF", "JPEG2000", "PPM", "JPEG")
 REDUCED, DNG_VERSION = 254, 50706  # TIFF tags: that the picture is a smaller copy of another, and what only a DNG has
 # libjpeg's words, in simplejpeg's errors, for data that is lost or a decoder gone astray; then for what is harmless
-JPEG_DAMAGE = re.compile(
+JPEG_DAMAGE = (
     r"premature end|bad Huffman code|Unsupported (marker|JPEG process)|Bogus|Invalid JPEG file structure|Inconsistent"
-    r"|instead of RST|\b\d{3,} extraneous bytes|extraneous bytes before marker 0x(?!d9)",
-    re.I,
+    r"|instead of RST|\b\d{3,} extraneous bytes|extraneous bytes before marker 0x(?!d9)"
 )
-JPEG_WARNING = re.compile("Corrupt JPEG data|unknown JFIF|Unknown Adobe|Invalid SOS parameters")
+JPEG_WARNING = "Corrupt JPEG data|unknown JFIF|Unknown Adobe|Invalid SOS parameters"
 
 pillow_heif.register_heif_opener()
 # OpenCV is to be silent: we say ourselves what is wrong with a photo; the function has moved since 4.11
@@ -65,9 +64,9 @@ def check_jpeg(path, content):
     try:  # the grey eighth-size picture needs all of the file's data, but a fifth of the time
         simplejpeg.decode_jpeg(content, "GRAY", min_height=1, min_width=1, min_factor=8)
     except ValueError as warning:  # the first one; or simplejpeg does not know this kind of JPEG; then others decide
-        if JPEG_DAMAGE.search(str(warning)):
+        if re.search(JPEG_DAMAGE, str(warning), re.I):
             raise InputError(f"{path} is damaged ({warning})") from warning
-        if JPEG_WARNING.search(str(warning)):
+        if re.search(JPEG_WARNING, str(warning)):
             decode_with_pillow(path)  # a harmless warning hides what comes after it: a second opinion
             say(f"note: {path.name} may be damaged ({warning}): look at it")  # some cameras leave bytes too many
 

@@ -213,7 +213,6 @@ def adopt_run_options(args):
 def read_own_csv(path, columns):
     """Read a CSV file that train.py wrote. Raises InputError if it is missing, damaged, or lacks one of `columns`."""
     how = {"dtype": {"image_id": str}, "keep_default_na": False, "na_values": [""]}  # NA may be an id
-    how |= {"float_precision": "round_trip"} if pd.__version__ < "3" else {}  # which newer ones always have
     with refusing(f"{path} is damaged", ValueError, LookupError), refusing(f"cannot read {path}", OSError):
         table = pd.read_csv(path, **how)
         table[list(columns)].iloc[0]

@@ -201,9 +201,8 @@ class Run:
             if self.launches:  # those that are started record, and lock their folds
                 record.compare_folds(args, self.n_folds, mine)
             elif is_first_process():
-                for lock in record.open_log_dir(
-                    args, self.n_folds, mine, folds[folds["fold"] >= 0], self.check_networks
-                ):
+                folds = folds[folds["fold"] >= 0]
+                for lock in record.open_log_dir(args, self.n_folds, mine, folds, self.check_networks):
                     locks.enter_context(lock)
             if wait_for_all:
                 wait_for_all()  # or the others would read the log directory of before
@@ -212,8 +211,8 @@ class Run:
             if PREFIX is None:
                 network = f"{args.backbone}, {sum(part.numel() for part in module.parameters()):,} parameters"
                 say(f"{network}, from {weights or 'scratch'}, on {on}, {args.precision}")
-                in_folds = f"{(data.folds >= 0).sum()} of them in {self.n_folds} folds"
-                say(f"{len(folds)} photos, {in_folds}; {args.max_epochs} epochs per fold")
+                photos = f"{len(data.folds)} photos, {sum(data.folds >= 0)} in {self.n_folds} folds"
+                say(f"{photos}; {args.max_epochs} epochs per fold")
             with devices.enough_memory(SMALLER_PARTS):
                 yield
 

@@ -20,6 +20,7 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -101,6 +102,7 @@ def become(arguments, cwd, environment, file_size=None, memory=None):
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None
     if "COLD_CHILDREN" not in environment:
         sys.executable = str(Path(environment["FORK_SERVER"]).with_name("python"))
     if file_size is not None:

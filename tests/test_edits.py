@@ -305,6 +305,38 @@ def test_a_part_of_the_photos_or_of_the_folds_overwrites_no_full_result(sample, 
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "submission_mix-limit=30.csv"), submission)
 
 
+@pytest.mark.parametrize(
+    "script, option, other",
+    [
+        ("train.py", ["--soft_share", 0.5], "--soft_labels_filename"),
+        ("predict.py", ["x.jpg", "--tta_draws", 4], "--tta"),
+    ],
+)
+def test_an_option_that_does_nothing_is_an_error(script, option, other, tmp_path):
+    refused(
+        run_script(script, *option, cwd=tmp_path, check=False), f"{option[-2]} does nothing without {other}: type both"
+    )
+
+
+def test_what_a_notebook_or_a_cluster_hands_down_disturbs_nothing(sample, tmp_path):
+    """matplotlib's backend of a notebook, which is not installed here; a temporary folder too long for a socket's name."""
+    notebook = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    run_script("-c", "import harness.console, matplotlib.pyplot", cwd=tmp_path, cold=True, **notebook)
+    (tmp_path / ("long" * 25)).mkdir()
+    run_script(
+        "train.py",
+        "--data_dir",
+        sample,
+        *QUICK,
+        "--folds",
+        0,
+        "--num_workers",
+        1,
+        cwd=tmp_path,
+        TMPDIR=str(tmp_path / ("long" * 25)),
+    )
+
+
 # ---------------------------------------------------------------------------------------------- what a training says
 
 
@@ -312,7 +344,7 @@ def test_a_training_says_what_it_will_do_and_ends_with_its_out_of_fold_figures(s
     options = ["--folds", 0, 1, "--max_epochs", 3, "--accumulate_grad_batches", 2]
     said = run_script("train.py", "--data_dir", sample, *QUICK, *options, cwd=tmp_path).stdout
     assert re.search(r"squeezenet1_1, 72\d,\d{3} parameters, from scratch, on 1 x cpu, 32\n", said)
-    assert "41 photos, 41 of them in 5 folds; 3 epochs per fold\n" in said
+    assert "41 photos, 41 in 5 folds; 3 epochs per fold\n" in said
     assert re.search(
         r"fold 1, 3 of 3 epochs: epoch 2, lr \S+, train_loss [\d.]+, val_loss .*, val_roc_auc .*, seconds ", said
     )
