@@ -262,6 +262,16 @@ def test_comments_and_blank_lines_are_no_source(tmp_path, monkeypatch):
     assert digests[0] == digests[1] and set(digests[0]) == {"one.py"}
 
 
+def test_one_more_metric_is_kept_also_where_a_fold_does_not_have_it(repo, sample, tmp_path):
+    """Fold 0 holds no photo of multiple_diseases."""
+    more = 'self.log("val_rare", float(labels[:, 1].sum()) or float("nan"))'
+    edit(repo / "models.py", '        self.log("val_roc_auc"', f'        {more}\n        self.log("val_roc_auc"')
+    said = train(repo, sample, tmp_path).stdout
+    assert "val_rare of 2 folds: " in said and "out-of-fold AUC of 17 photos" in said
+    assert pd.read_csv(tmp_path / "logs" / "results.csv")["val_rare"].isna().tolist() == [True, False]
+    predict(repo, tmp_path)
+
+
 # ---------------------------------------------------------------------------------------------- options, and a quick look
 
 
