@@ -39,11 +39,7 @@ FIT_EDITS = {  # how fit_photo is edited: the file, the old text and the new one
     "another interpolation": ("dataset.py", "interpolation=cv2.INTER_LINEAR)", "interpolation=cv2.INTER_AREA)"),
     "portrait photos only": ("dataset.py", "photo = cv2.transpose(photo)", "photo = cv2.rotate(photo, 0)"),
     "a helper": ("helpers.py", "    return photo\n", "    return 255 - photo\n"),
-    "decoding": (
-        "harness/photos.py",
-        "if photo is None else photo\n",
-        "if photo is None else cv2.blur(photo, (5, 5))\n",
-    ),
+    "decoding": ("harness/photos.py", "is None else photo\n", "is None else cv2.blur(photo, (5, 5))\n"),
 }
 HELPER = "photo, (image_size[1], image_size[0]), i", "sharpen(photo), (image_size[1], image_size[0]), i"
 LOAD = """
@@ -134,9 +130,7 @@ WAYS = {  # how a file is reached: what stands at the top of models.py, what bef
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_prediction_by_another_network_than_the_trained_one_is_refused_however_it_is_reached(
-    way, repo, sample, tmp_path
-):
+def test_a_prediction_by_another_network_is_refused_however_the_edit_is_reached(way, repo, sample, tmp_path):
     """And two networks are never pooled, whatever is accepted."""
     top, inside, use = WAYS[way]
     (repo / "pooling.py").write_text(POOLING)
@@ -148,38 +142,21 @@ def test_a_prediction_by_another_network_than_the_trained_one_is_refused_however
     )
     train(repo, sample, tmp_path)
     (repo / "pooling.py").write_text(POOLING.replace("mean", "amax"))
-    refused(
-        predict(repo, tmp_path, check=False), "since fold 0 of logs was trained, LeafNet was edited", "--accept_chan"
-    )
+    edited = "since fold 0 of logs was trained, LeafNet was edited"
+    refused(predict(repo, tmp_path, check=False), edited, "--accept_chan")
     assert not (tmp_path / "soft_labels-folds=0,1.csv").exists()
-    if way != "import":
-        return
-    assert (
-        "note: predicting in spite of this: since fold 0 of logs was trained, LeafNet was edited"
-        in predict(repo, tmp_path, "--accept_changes").stdout
-    )
-    refused(
-        train(repo, sample, tmp_path, "--accept_changes", check=False), "fold 0 of logs was trained, LeafNet was edited"
-    )
+    if way == "import":
+        assert f"in spite of this: {edited}" in predict(repo, tmp_path, "--accept_changes").stdout
+        refused(train(repo, sample, tmp_path, "--accept_changes", check=False), edited)
 
 
 NETWORK_EDITS = {  # what is edited: the file, the old text and the new one, what is named
     "the forward pass": ("models.py", "maps.float().mean((2, 3))", "maps.float().amax((2, 3))", "LeafNet"),
     "a constant of it": ("models.py", "(0.485, 0.456, 0.406)", "(0.5, 0.5, 0.5)", "LeafNet"),
-    "how backbones are computed": (
-        "harness/backbones.py",
-        "backbone.features(images)",
-        "backbone.features(-images)",
-        "LeafNet",
-    ),
+    "how backbones are computed": ("harness/backbones.py", "backbone.features(", "-backbone.features(", "LeafNet"),
     "the softmax": ("models.py", "logits.softmax(1)", "logits.sigmoid()", "LeafNet"),
     "the fitting of photos": ("dataset.py", "cv2.INTER_LINEAR)", "cv2.INTER_AREA)", "fit_photo"),
-    "the fitting of portrait photos": (
-        "dataset.py",
-        "photo = cv2.transpose(photo)",
-        "photo = cv2.rotate(photo, 0)",
-        "fit_photo",
-    ),
+    "the fitting of portrait photos": ("dataset.py", "cv2.transpose(photo)", "cv2.rotate(photo, 0)", "fit_photo"),
 }
 
 

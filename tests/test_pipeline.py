@@ -55,19 +55,12 @@ def test_every_step_writes_what_the_readme_promises(done, sample):
         results = pd.read_csv(folder / log_dir / "results.csv")
         assert results["fold"].tolist() == [0, 1, 2, 3, 4]
         for _, row in results.iterrows():
-            name = row["checkpoint"]
-            assert (
-                name
-                == f"fold={row['fold']}-epoch=0-val_loss={row['val_loss']:.4f}-val_roc_auc={row['val_roc_auc']:.4f}.ckpt"
-            )
-            checkpoint = torch.load(folder / log_dir / name, weights_only=True)
+            loss, auc = row[["val_loss", "val_roc_auc"]]
+            assert row["checkpoint"] == f"fold={row['fold']}-epoch=0-val_loss={loss:.4f}-val_roc_auc={auc:.4f}.ckpt"
+            checkpoint = torch.load(folder / log_dir / row["checkpoint"], weights_only=True)
             assert "optimizer_states" not in checkpoint
             metrics = pd.read_csv(folder / log_dir / "metrics" / f"fold={row['fold']}.csv")
-            assert metrics.loc[0, ["lr", "val_loss", "val_roc_auc"]].tolist() == [
-                1e-3,
-                row["val_loss"],
-                row["val_roc_auc"],
-            ]
+            assert metrics.loc[0, ["lr", "val_loss", "val_roc_auc"]].tolist() == [1e-3, loss, auc]
             assert list((folder / log_dir / "metrics" / f"fold={row['fold']}").glob("events.*"))
         folds = pd.read_csv(folder / log_dir / "folds.csv")
         assert folds["fold"].tolist() == split_folds(41, 2020).tolist()
@@ -84,10 +77,7 @@ def test_every_step_writes_what_the_readme_promises(done, sample):
         values = read(folder / name)
         assert ((values > 0) & (values < 1)).all()
         np.testing.assert_allclose(values.sum(1), 1, atol=1e-5)
-    leftovers = [
-        path.name for path in folder.rglob("*") if path.name.startswith(".") and not path.name.endswith(".lock")
-    ]
-    assert not leftovers
+    assert not [path.name for path in folder.rglob(".*") if not path.name.endswith(".lock")]
 
 
 def test_soft_labels_come_from_the_network_that_has_not_seen_the_photo(done, sample):
@@ -164,10 +154,8 @@ def test_a_rerun_skips_finished_folds_and_refuses_what_has_changed(done, sample,
     shutil.copytree(done[0], folder)
     train = ["train.py", "--data_dir", sample, *SMALL]
     again = run_script(*train, "--folds", 1, 3, cwd=folder).stdout
-    assert [line.split("] ")[-1] for line in again.splitlines() if "finished" in line] == [
-        "fold 1 is finished already",
-        "fold 3 is finished already",
-    ]
+    finished = [line.split("] ")[-1] for line in again.splitlines() if "finished" in line]
+    assert finished == ["fold 1 is finished already", "fold 3 is finished already"]
 
     before = sorted(path.name for path in (folder / "logs").glob("*"))
     for changed in (["--seed", 1], ["--seed", 1, "--fresh", "--folds", 0]):  # refused before anything is deleted
@@ -259,12 +247,6 @@ def test_data_and_logs_stay_out_of_version_control_but_for_what_explains_them():
     if listed.returncode:
         pytest.skip("not a git checkout")
     assert listed.stdout.split() == ["data/README.md", "logs/README.md"]
-    probe = [
-        "data/train.csv",
-        "data/images/Train_0.jpg",
-        "logs/fold=0-epoch=1.ckpt",
-        "logs_submit_distill/x.ckpt",
-        "submission.csv",
-    ]
+    probe = "data/train.csv data/images/Train_0.jpg logs/fold=0.ckpt logs_submit_distill/x.ckpt submission.csv".split()
     ignored = subprocess.run(["git", "check-ignore", *probe], cwd=REPO, text=True, capture_output=True).stdout.split()
     assert ignored == probe

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -98,9 +99,7 @@ def uninterrupted(sample, tmp_path_factory):
 
     def find(options):
         name = "whole" + "".join(map(str, options))
-        return outcome(
-            shared_folder(tmp_path_factory, name, lambda folder: train_and_die("never", sample, folder, options))
-        )
+        return outcome(shared_folder(tmp_path_factory, name, partial(train_and_die, "never", sample, options=options)))
 
     return find
 
@@ -229,14 +228,14 @@ def test_a_log_directory_that_cannot_be_written_is_predicted_from_but_not_traine
     options = [
         "--log_dir",
         run / "logs",
+        "--data_dir",
+        sample,
+        "--cache_dir",
+        "cache",
         "--folds",
         0,
         "--num_workers",
         0,
-        "--cache_dir",
-        "cache",
-        "--data_dir",
-        sample,
     ]
     done = run_script("generate_soft_labels.py", *options, cwd=tmp_path)
     assert "Read-only file system; an interruption will lose what is predicted so far" in done.stdout
@@ -310,9 +309,8 @@ def test_a_name_that_cannot_be_written_down_or_looks_like_an_address_is_refused(
 
 
 def test_changed_options_are_accepted_only_on_demand(run, sample):
-    said = refused(
-        train(sample, run, "--folds", 0, 1, "--max_epochs", 2), "max_epochs was 1, is 2", "--fresh --folds 0 1"
-    )
+    done = train(sample, run, "--folds", 0, 1, "--max_epochs", 2)
+    said = refused(done, "max_epochs was 1, is 2", "--fresh --folds 0 1")
     assert said.endswith("; or keep the finished folds with --accept_changes")
     accepted = train(sample, run, "--folds", 0, 1, "--max_epochs", 2, "--accept_changes", check=True).stdout
     assert "in spite of: max_epochs was 1, is 2" in accepted and accepted.count("is finished already") == 2
