@@ -1,7 +1,6 @@
 """What `make gpu-check` does that needs no GPU: the checks on the CPU, what each would notice, the table."""
 
 import json
-from argparse import Namespace
 from types import SimpleNamespace
 
 import pandas as pd
@@ -9,7 +8,6 @@ import pytest
 import torch
 from conftest import run_script
 from pytorch_lightning.plugins import MixedPrecision
-from torch._inductor import config as inductor
 
 from tools import gpu_check
 
@@ -19,7 +17,7 @@ def machine(monkeypatch, tmp_path):
     """What main finds out about a machine without a GPU; a quick network and small photos."""
     monkeypatch.setattr(gpu_check, "BACKBONE", "squeezenet1_1")
     monkeypatch.setattr(gpu_check, "SMALL_SIZE", (32, 64))
-    found = {"device": torch.device("cpu"), "gpus": [], "size": (32, 64), "batch": 2, "precision": "32"}
+    found = {"device": torch.device("cpu"), "gpu": False, "size": (32, 64), "batch": 2, "precision": "32"}
     return SimpleNamespace(**found, folder=tmp_path, synchronise=lambda: None)
 
 
@@ -38,9 +36,9 @@ def test_the_table_on_a_machine_without_a_gpu(machine, monkeypatch, tmp_path, ca
         raise RuntimeError("CUDA out of memory. Tried to allocate 3 GiB")
 
     monkeypatch.setattr(gpu_check, "QUICK", [broken, too_large, *gpu_check.QUICK])
-    args = Namespace(image_size=(32, 64), batches=[2], num_workers=0, quick=True, out=str(tmp_path / "table.json"))
+    options = {"image_size": (32, 64), "batches": [2], "num_workers": 0, "quick": True}
     with pytest.raises(SystemExit, match="^error: broken: see the table"):
-        gpu_check.main(args)
+        gpu_check.main(SimpleNamespace(**options, out=str(tmp_path / "table.json")))
     printed, kept = capsys.readouterr().out, json.loads((tmp_path / "table.json").read_text())
     assert "CPU: there is no GPU" in printed and kept["device"] in printed and kept["environment"]["torch"]
     rows = {row["check"].strip(): row for row in kept["checks"]}
@@ -126,42 +124,35 @@ def test_a_killed_training_is_compared_with_one_that_was_not(machine, monkeypatc
         gpu_check.train(machine, "training", killed_before=2)
 
 
-class Trainings:
-    """In place of gpu_check.train: keeps what was asked for; what is killed or runs side by side differs by `apart`."""
+def replace_train(monkeypatch, apart=0.0, says="going on after epoch 1"):
+    """In place of gpu_check.train: what is killed differs by `apart`. Returns a list to which what is asked for is added."""
+    asked = []
 
-    def __init__(self, apart=0.0, says="going on after epoch 1"):
-        self.apart, self.says, self.asked = apart, says, []
+    def train(machine, log_dir, *options, killed_before=99, **environment):
+        asked.append((options, killed_before, environment))
+        return pd.DataFrame({"train_loss": [3.0, 2.0, 1.0 + apart * log_dir.endswith("_2")]}), says
 
-    def __call__(self, machine, log_dir, *options, killed_before=99, **environment):
-        self.asked.append((options, killed_before, environment))
-        apart = self.apart * (log_dir.endswith("_2") or log_dir == "parallel")
-        return pd.DataFrame({"train_loss": [3.0, 2.0, 1.0 + apart]}), self.says
+    monkeypatch.setattr(gpu_check, "train", train)
+    return asked
 
 
-@pytest.mark.parametrize("gpus, apart, expected", [([], 1e-9, "failed"), ([0], 1e-3, "ok"), ([0], 0.1, "failed")])
-def test_other_metrics_after_a_kill_are_noticed(machine, monkeypatch, gpus, apart, expected):
-    machine.gpus = gpus
-    monkeypatch.setattr(gpu_check, "train", Trainings(apart))
+@pytest.mark.parametrize("gpu, apart, expected", [(False, 1e-9, "failed"), (True, 1e-3, "ok"), (True, 0.1, "failed")])
+def test_other_metrics_after_a_kill_are_noticed(machine, monkeypatch, gpu, apart, expected):
+    machine.gpu = gpu
+    replace_train(monkeypatch, apart)
     row = next(gpu_check.check_resume(machine))
     assert (row["result"], row["about"]) == (expected, "not to the bit")
-    monkeypatch.setattr(gpu_check, "train", Trainings(says="begun anew"))
+    replace_train(monkeypatch, says="begun anew")
     with pytest.raises(RuntimeError, match="did not go on"):
         next(gpu_check.check_resume(machine))
 
 
-def test_compiled_trainings_and_those_on_two_gpus_are_run(machine, monkeypatch):
-    trainings, compiled, two = Trainings(), [], ("--gpus", 0, 1)
-    monkeypatch.setattr(gpu_check, "train", trainings)
+@pytest.mark.parametrize("ways", (1, 2))
+def test_compiled_trainings_are_run_both_ways_where_torch_has_both(machine, monkeypatch, ways):
+    asked, compiled, settings = replace_train(monkeypatch), [], {"deterministic": False} if ways == 2 else {}
+    monkeypatch.setattr(gpu_check, "inductor", SimpleNamespace(**settings))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
-    n = 1 + hasattr(inductor, "deterministic")
-    for name in ("deterministic",)[: n - 1]:
-        monkeypatch.setattr(inductor, name, False)  # which is put back in the end
-    assert results(gpu_check.measure_compiling(machine)) == ["figure", "ok"] * n and len(compiled) == n
-    kills = [("--compile",), 99], [("--compile",), 2], [("--compile",), 99]
-    expected = [(*kill, {"TORCHINDUCTOR_DETERMINISTIC": str(how)}) for how in range(n) for kill in kills]
-    assert trainings.asked == expected
-    assert results(gpu_check.check_several(machine)) == ["left out"]
-    machine.gpus, trainings.apart = [0, 1], 0.1
-    assert results(gpu_check.check_several(machine)) == ["ok", "failed"]
-    of_several = [options for options, *_ in trainings.asked[len(expected) :]]
-    assert of_several == [two, (), (*two, "--folds", 0, 1, "--parallel_folds")]
+    assert results(gpu_check.measure_compiling(machine)) == ["figure", "ok"] * ways and len(compiled) == ways
+    assert vars(gpu_check.inductor) == dict.fromkeys(settings, True)
+    environments = [{"TORCHINDUCTOR_DETERMINISTIC": str(way)} for way in range(ways)]
+    assert asked == [(("--compile",), kill, given) for given in environments for kill in (99, 2, 99)]

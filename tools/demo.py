@@ -7,7 +7,6 @@ Expect  each command and its progress, and in the end a table of AUCs: the sampl
 """
 
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -20,15 +19,10 @@ from utils import CLASSES, mean_auc
 
 REPO = Path(__file__).parent.parent
 FOLDER = REPO / "demo"
+SAMPLE = "-m tools.generate_sample_data --out sample --n_train 200 --n_test 100"
 TRAIN = "../train.py --data_dir sample --weights none --image_size 64 96 --max_epochs 5 --train_batch_size 8 --fresh"
-COMMANDS = (
-    "-m tools.generate_sample_data --out sample --n_train 200 --n_test 100",
-    TRAIN,
-    "../generate_soft_labels.py",
-    f"{TRAIN} --soft_labels_filename soft_labels.csv --log_dir logs_submit_distill",
-    "../generate_distilled_submission.py",
-    "../blend.py",
-)
+DISTILL = f"{TRAIN} --soft_labels_filename soft_labels.csv --log_dir logs_submit_distill"
+STEPS = (TRAIN, "../generate_soft_labels.py", DISTILL, "../generate_distilled_submission.py", "../blend.py")
 
 
 def auc_of(truth, path):
@@ -40,18 +34,17 @@ def main():
     parse_args(Parser(__doc__))
     started, environment = time.monotonic(), {**os.environ, "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
     FOLDER.mkdir(exist_ok=True)
-    for command in COMMANDS:
+    for command in (SAMPLE, *STEPS):
         print(f"\n$ python {command}", flush=True)
-        if status := subprocess.call([sys.executable, *shlex.split(command)], cwd=FOLDER, env=environment):
+        if status := subprocess.call([sys.executable, *command.split()], cwd=FOLDER, env=environment):
             raise SystemExit(f"error: that command ended with status {status}")
-    print(f"\nMean column-wise ROC AUC, after {(time.monotonic() - started) / 60:.1f} minutes:")
-    print(f"{'':34}{'step 1':>8}{'step 3':>8}")
-    rounds = (pd.read_csv(FOLDER / log_dir / "results.csv") for log_dir in ("logs", "logs_submit_distill"))
-    for fold, aucs in enumerate(zip(*(results["val_roc_auc"] for results in rounds), strict=True)):
-        print(f"{f'fold {fold}, best epoch, validation':34}{aucs[0]:8.4f}{aucs[1]:8.4f}")
+    minutes = (time.monotonic() - started) / 60
+    print(f"\nMean column-wise ROC AUC, after {minutes:.1f} minutes:\n{'':34}{'step 1':>8}{'step 3':>8}")
+    one, three = (pd.read_csv(FOLDER / logs / "results.csv")["val_roc_auc"] for logs in ("logs", "logs_submit_distill"))
+    for fold in one.index:
+        print(f"{f'fold {fold}, best epoch, validation':34}{one[fold]:8.4f}{three[fold]:8.4f}")
     train, test = (pd.read_csv(FOLDER / "sample" / name, index_col=0) for name in ("train.csv", "test_labels.csv"))
-    print(f"{'out-of-fold, soft_labels.csv':34}{auc_of(train, 'soft_labels.csv'):8.4f}")
-    print("on the sample's test labels:")
+    print(f"{'out-of-fold, soft_labels.csv':34}{auc_of(train, 'soft_labels.csv'):8.4f}\non the sample's test labels:")
     for name in ("submission.csv", "submission_distill.csv", "submission_mix.csv"):
         print(f"{name:34}{auc_of(test, name):8.4f}")
 

@@ -12,7 +12,6 @@ Expect  15 s for 360 photos of 256x384. The same options give the same bytes on 
 import colorsys
 import json
 import math
-from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -29,9 +28,6 @@ from utils import CLASSES
 RENDERER_VERSION = 3  # raise it with every change of the drawing
 COMPETITION_COUNTS = {"healthy": 516, "multiple_diseases": 91, "rust": 622, "scab": 592}
 SPLITS = ("Train", "Test")
-WRONG_SHARE = 0.025  # of the training labels; the competition's training labels have such mistakes, too
-PORTRAIT_SHARE = 0.04
-JPEG_QUALITY = 92
 BACKGROUNDS = (  # lowest and highest (hue, saturation, value)
     ((65, 0.2, 0.15), (135, 0.7, 0.75)),  # foliage
     ((20, 0.2, 0.20), (42, 0.6, 0.70)),  # soil, bark
@@ -111,8 +107,7 @@ def draw_background(height, width, rng):
         low, high = BACKGROUNDS[rng.choice(len(BACKGROUNDS), p=shares)]
         return hsv(*rng.uniform(low, high))
 
-    image = np.empty((small_h, small_w, 3), np.float32)
-    image[:] = colour()
+    image = np.full((small_h, small_w, 3), colour())
     for _ in range(3):
         image = mix(image, colour(), smoothstep(-0.3, 0.5, noise(rng, small_h, small_w, rng.integers(2, 6))))
     for sigma in (9, 4):  # far things first, then nearer ones that are less blurred
@@ -142,8 +137,7 @@ def draw_leaf(leaf, height, width, rng):
     texture = sum(noise(rng, height, width, cells) * part for cells, part in ((3, 0.10), (9, 0.05), (300, 0.05)))
     for cells in (50, 110):  # ridges of a smooth field look like the net of the finest veins
         texture += 0.05 * (0.5 - smoothstep(0, 0.35, np.abs(noise(rng, height, width, cells))))
-    phase = (u - 0.75 * side + 0.5 * v * v) * leaf.veins + 0.45 * right
-    phase += 0.12 * noise(rng, height, width, 6)
+    phase = (u - 0.75 * side + 0.5 * v * v) * leaf.veins + 0.45 * right + 0.12 * noise(rng, height, width, 6)
     between = np.abs(phase - np.round(phase))  # 0 on a side vein, 0.5 half way to the next one
     texture += rng.uniform(0.05, 0.14) * (between - 0.25) * 2
     texture += rng.uniform(-0.14, 0.14) * np.tanh(v / 0.02)  # the two halves face the light differently
@@ -157,8 +151,7 @@ def draw_leaf(leaf, height, width, rng):
     image = mix(image, pale, np.maximum(side_veins * rng.uniform(0.25, 0.55), midrib * rng.uniform(0.6, 0.9)))
     image = mix(image, pale * 0.9, stalk * (1 - inside))
     dust = smoothstep(0.88, 1.0, noise(rng, height, width, 100)) * rng.uniform(0, 0.5)
-    image = mix(image, hsv(50, 0.08, 0.85), dust)
-    return image, np.maximum(inside, stalk)
+    return mix(image, hsv(50, 0.08, 0.85), dust), np.maximum(inside, stalk)
 
 
 def place_spots(kinds, leaf, height, width, rng):
@@ -206,9 +199,8 @@ def draw_spot(image, kind, x, y, radius, rng):
 
 
 def render_leaf(label, height, width, rng):
-    """One photo of a leaf with the class name `label`: uint8 RGB (height, width, 3), and its spots.
+    """One photo of a leaf of the class `label`: uint8 RGB (height, width, 3), and its spots as place_spots gives them.
 
-    The spots are a list of (kind, x, y, radius) in pixels; kind is rust or scab, healthy leaves have none.
     The same rng state gives the same leaf and surroundings for every label.
     """
     spot_rng, rng, sensor_rng = rng.spawn(3)
@@ -252,10 +244,10 @@ def true_labels(n, rng):
 
 
 def with_mistakes(labels, rng):
-    """A copy of the labels with WRONG_SHARE of them (at least 2) wrong, but none of the rare multiple_diseases."""
+    """A copy of the labels with 2.5 % (at least 2) wrong, as in the competition; none of the rare multiple_diseases."""
     labels, common = list(labels), [name for name in CLASSES if name != "multiple_diseases"]
     rows = [row for row, label in enumerate(labels) if label in common]
-    for row in rng.choice(rows, max(2, round(WRONG_SHARE * len(labels))), replace=False):
+    for row in rng.choice(rows, max(2, round(0.025 * len(labels))), replace=False):
         labels[row] = str(rng.choice([name for name in common if name != labels[row]]))
     return labels
 
@@ -264,10 +256,10 @@ def write_photo(job, out, photo_size, seed):
     """Draw and write one photo; job is (split 0 or 1, index, label). Returns its rows of lesions.csv."""
     split, index, label = job
     rng = np.random.default_rng([seed, split, index])
-    height, width = photo_size if rng.random() >= PORTRAIT_SHARE else photo_size[::-1]
+    height, width = photo_size if rng.random() >= 0.04 else photo_size[::-1]  # a few are portraits
     photo, spots = render_leaf(label, height, width, rng)
     image_id = f"{SPLITS[split]}_{index}"
-    _, data = cv2.imencode(".jpg", photo[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    _, data = cv2.imencode(".jpg", photo[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
     (out / "images" / f"{image_id}.jpg").write_bytes(data.tobytes())
     return [(image_id, kind, *(round(number, 2) for number in place)) for kind, *place in spots]
 
@@ -287,9 +279,9 @@ def generate(out, n_train, n_test, photo_size, seed, threads):
     (out / "images").mkdir(parents=True, exist_ok=True)
     cv2.setNumThreads(1)  # the pool already uses the cores
     jobs = [(split, index, label) for split in (0, 1) for index, label in enumerate(labels[split])]
-    work = partial(write_photo, out=out, photo_size=photo_size, seed=seed)
     with ThreadPool(threads) as pool:  # numpy and OpenCV let go of the interpreter's lock while they draw
-        rows = [row for photo in tqdm(pool.imap(work, jobs), "photos", len(jobs)) for row in photo]
+        photos = pool.imap(lambda job: write_photo(job, out, photo_size, seed), jobs)
+        rows = [row for photo in tqdm(photos, "photos", len(jobs)) for row in photo]
     train, test = one_hot(0, given), one_hot(1, labels[1])
     wrong = pd.DataFrame({"image_id": train.image_id, "label": given, "true_label": labels[0]})
     write_csv(out / "lesions.csv", pd.DataFrame(rows, columns=["image_id", "kind", "x", "y", "radius"]))
@@ -301,7 +293,6 @@ def generate(out, n_train, n_test, photo_size, seed, threads):
 
 
 def main(argv=None):
-    """Parse the command line, refuse a folder that holds other data, and draw."""
     parser, size = Parser(__doc__), {"type": positive, "nargs": 2, "metavar": ("H", "W")}
     parser.add_argument("--out", type=file_or_folder, default="data_sample", help="folder to write")
     parser.add_argument("--n_train", type=positive, default=240, help="number of training photos")
@@ -314,13 +305,13 @@ def main(argv=None):
         raise InputError("--n_train and --n_test must be at least 8, both sides of --photo_size at least 64 pixels")
     out, options = Path(args.out), {name: getattr(args, name) for name in ("n_train", "n_test", "photo_size", "seed")}
     record, sample = out / "sample.json", json.dumps({"renderer_version": RENDERER_VERSION, **options}) + "\n"
-    same = record.is_file() and record.read_text() == sample
-    if same and (out / "train.csv").is_file():
+    if not record.is_file() or record.read_text() != sample:
+        if any((out / name).exists() for name in ("train.csv", "images", "sample.json")):
+            raise InputError(f"{out} holds other data: choose another --out, or delete that folder")
+        out.mkdir(parents=True, exist_ok=True)
+        record.write_text(sample)  # first, so that an interrupted run can be repeated
+    elif (out / "train.csv").is_file():
         return say(f"{out}: already there")
-    if not same and any((out / name).exists() for name in ("train.csv", "images", "sample.json")):
-        raise InputError(f"{out} holds other data: choose another --out, or delete that folder")
-    out.mkdir(parents=True, exist_ok=True)
-    record.write_text(sample)  # first, so that an interrupted run can be repeated
     generate(out, threads=args.threads, **options)
     say(f"{out}: {args.n_train} training and {args.n_test} test photos")
 

@@ -18,13 +18,13 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
 from joblib import cpu_count
+from torch._inductor import config as inductor
 from torch.utils.data import DataLoader
 
 from dataset import LeafDataset, make_loader, train_augmentation
@@ -58,22 +58,14 @@ def draw_network(device, plain=False):
     torch.manual_seed(0)
     network = LeafNet(BACKBONE).to(device)
     if plain:
-        normalise = network.normalise
-        network.normalise = lambda images: normalise(images).contiguous()
+        network.normalise = lambda images: LeafNet.normalise(network, images).contiguous()
     return network if plain else network.to(memory_format=torch.channels_last)
-
-
-# ---------------------------------------------------------------------------------------------- is all well?
 
 
 def check_logits(m):
     images, _ = draw_batch("cpu", 16, SMALL_SIZE)
-    logits = []
-    for device in ("cpu", m.device):
-        network = draw_network(device).eval()
-        with torch.inference_mode():
-            logits.append(network(images.to(device)).cpu())
-    apart = float(((logits[0] - logits[1]).abs() / logits[0].std(0)).max())
+    on_cpu, here = (draw_network(device).eval()(images.to(device)).detach().cpu() for device in ("cpu", m.device))
+    apart = float(((on_cpu - here).abs() / on_cpu.std(0)).max())
     about = f"in standard deviations over photos, less than {TOLERANCE}"
     yield row("float32 logits as on the CPU", apart, holds=apart < TOLERANCE, about=about)
 
@@ -83,9 +75,9 @@ def given_gradient(m, parts=1, **options):
     network = draw_network("cpu").eval()  # Lightning leaves it so: batch norm would see other photos in parts
     chunks = zip(*(drawn.chunk(parts) for drawn in draw_batch("cpu", 8, SMALL_SIZE)), strict=True)
     batches = [{"image": images, "label": labels} for images, labels in chunks]
-    where = {"accelerator": "gpu", "devices": [m.device.index]} if m.gpus else {"accelerator": "cpu", "devices": 1}
-    quiet = {f"enable_{part}": False for part in ("checkpointing", "progress_bar", "model_summary")}
-    trainer = pl.Trainer(max_epochs=1, accumulate_grad_batches=parts, logger=False, **where, **quiet, **options)
+    options |= {f"enable_{part}": False for part in ("checkpointing", "progress_bar", "model_summary")}
+    where = {"accelerator": m.device.type, "devices": 1}
+    trainer = pl.Trainer(max_epochs=1, accumulate_grad_batches=parts, logger=False, **where, **options)
     trainer.fit(LeafModule(network, "cosine", 1e-3, seed=0), DataLoader(batches, batch_size=None))
     (adam,) = trainer.optimizers  # after one step its first moment is 0.1 of the gradient
     return torch.cat([state["exp_avg"].cpu().flatten() for state in adam.state.values()]) / 0.1
@@ -109,28 +101,24 @@ import os, runpy, sys
 epoch, *sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 from harness import run
-run.RESUME_EVERY = -1
-keep = run.ResumePoint.on_train_epoch_start
-def keep_and_die(self, trainer, module):
-    keep(self, trainer, module)
-    if trainer.current_epoch == int(epoch):
-        os._exit(9)
-run.ResumePoint.on_train_epoch_start = keep_and_die
+class KeepAndDie(run.ResumePoint):
+    def on_train_epoch_start(self, trainer, module):
+        super().on_train_epoch_start(trainer, module)
+        if trainer.current_epoch == int(epoch):
+            os._exit(9)
+run.RESUME_EVERY, run.ResumePoint = -1, KeepAndDie
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def train(m, log_dir, *options, killed_before=99, **environment):
-    """train.py on rendered photos: the metrics of fold 0, DataFrame, and what it printed.
-
-    Raises RuntimeError if it ends in another way than by itself, or killed before that epoch.
-    """
+    """train.py on rendered photos: metrics of fold 0, DataFrame, and what it printed. RuntimeError if it ends otherwise."""
     if not (m.folder / "sample").exists():
         generate(m.folder / "sample", n_train=41, n_test=8, photo_size=(96, 144), seed=0, threads=2)
-    words = ["--data_dir", "sample", "--weights", "none", "--image_size", *SMALL_SIZE, "--train_batch_size", 8]
-    words += ["--max_epochs", 3, "--folds", 0, "--backbone", BACKBONE if m.gpus else "squeezenet1_1", "--log_dir", log_dir]
-    words += [*(["--gpus", m.device.index] if m.gpus else []), *options]
-    command = [sys.executable, "-c", KILLED, str(killed_before), str(REPO / "train.py"), *map(str, words)]
+    words = f"--data_dir sample --log_dir {log_dir} --folds 0 --max_epochs 3 --train_batch_size 8 --weights none "
+    words += f"--image_size {SMALL_SIZE[0]} {SMALL_SIZE[1]} --backbone "
+    words += f"{BACKBONE} --gpus 0" if m.gpu else "squeezenet1_1"
+    command = [sys.executable, "-c", KILLED, str(killed_before), str(REPO / "train.py"), *words.split(), *options]
     with tempfile.TemporaryDirectory() as cache:  # as on another machine, where nothing is compiled already
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, **environment}
         done = subprocess.run(command, cwd=m.folder, env=environment, capture_output=True, text=True, timeout=1800)
@@ -148,29 +136,14 @@ def check_resume(m, what="training", *options, **environment):
     if "going on after epoch 1" not in printed:
         raise RuntimeError("it did not go on from where it was killed")
     apart = float(np.abs(whole - killed).to_numpy().max())
-    holds = len(killed) == 3 and (apart == 0 or bool(m.gpus) and apart < 1e-2)  # a GPU's sums may have no fixed order
+    holds = len(killed) == 3 and (apart == 0 or m.gpu and apart < 1e-2)  # a GPU's sums may have no fixed order
     about = "to the bit" if apart == 0 else "not to the bit"
     yield row(f"{what}, killed and continued: the same metrics", apart, holds=holds, about=about)
 
 
-def check_several(m):
-    if len(m.gpus) < 2:
-        return (yield row("several GPUs", about="there are not two"))
-    two = ["--gpus", *m.gpus[:2]]
-    losses = train(m, "ddp", *two)[0]["train_loss"]
-    fall = float(losses.iloc[-1] / losses.iloc[0])
-    yield row("a fold on two GPUs (DDP): the loss falls", fall, "x", holds=fall < 1)
-    alone, parallel = train(m, "alone")[0], train(m, "parallel", *two, "--folds", 0, 1, "--parallel_folds")[0]
-    apart = float(np.abs(alone - parallel).to_numpy().max())
-    yield row("a fold on each of two GPUs: the metrics of one GPU", apart, holds=apart < 1e-2)
-
-
-# ---------------------------------------------------------------------------------------------- how fast?
-
-
 def time_in_turns(m, *tasks):
     """Median seconds of each function. They take turns, so that all see the same state of the machine."""
-    repeats, seconds = 10 if m.gpus else 1, []
+    repeats, seconds = 10 if m.gpu else 1, []
     for task in tasks * 6:
         started = time.perf_counter()
         for _ in range(repeats):
@@ -204,37 +177,31 @@ def make_step(m, batch=None, plain=False, compiled=False):
 
 def measure_memory(m):
     """Peak memory of a step for several batches. What comes after it is about the largest that fits."""
-    for batch in m.batches if m.gpus else ():
+    for batch in m.batches if m.gpu else ():
         step = None  # or the one before would count
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(m.device)
+        torch.cuda.reset_peak_memory_stats()
         step = make_step(m, batch)
         step(), step()  # Adam's state is made at the end of the first
         m.batch = batch
-        yield row(f"GPU memory, batch {batch}", torch.cuda.max_memory_reserved(m.device) / 2**30, "GiB")
+        yield row(f"GPU memory, batch {batch}", torch.cuda.max_memory_reserved() / 2**30, "GiB")
 
 
 def measure_training(m):
     step = make_step(m)
     (m.step,) = time_in_turns(m, step)
     yield row(f"training step, precision {m.precision}, batch {m.batch}", m.batch / m.step, "photos/s")
-    if m.gpus:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            step()
-            m.synchronise()
-        computing = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
-        yield row("  share of it in which the GPU computes", computing / m.step, "x")
     ours, plain = time_in_turns(m, step, make_step(m, plain=True))
     yield row("  training, against plain float32 (eager, NCHW)", plain / ours, "x")
 
 
 def measure_loader(m):
     """Steps on batches from the loader, against the same on data that is on the device already."""
-    n_steps, first = (40 if m.gpus else 4), 2 * m.num_workers + 4  # what is ready at the start is not the loader's rate
-    n = (n_steps + first) * m.batch
-    images, labels = (np.broadcast_to(one, (n, *one.shape[1:])) for one in draw_batch("cpu", 1, m.size))
-    dataset = LeafDataset(images, [f"Train_{i}" for i in range(n)], labels, train_augmentation())
-    loader = make_loader(dataset, [(0, 0, i) for i in range(n)], m.batch, m.num_workers, pin_memory=bool(m.gpus))
+    n_steps, first = (40 if m.gpu else 4), 2 * m.num_workers + 4  # what is ready at the start is not the loader's rate
+    images, labels = draw_batch("cpu", 1, m.size)
+    dataset = LeafDataset(images.numpy(), ["Train_0"], labels.numpy(), train_augmentation())
+    keys = [(0, draw, 0) for draw in range((n_steps + first) * m.batch)]
+    loader = make_loader(dataset, keys, m.batch, m.num_workers, pin_memory=m.gpu)
     step = make_step(m)
     for number, batch in enumerate(loader):
         if number == first:
@@ -275,39 +242,34 @@ def estimate_hours(m):
 
 def measure_compiling(m):
     """What --compile does to the time of a training step, and to a training that is killed and continued."""
-    from torch._inductor import config
-
-    for how in ("--compile", "--compile, deterministic")[
-        : 1 + hasattr(config, "deterministic")
-    ]:  # older torch lacks it
-        config.deterministic = "deterministic" in how
+    for deterministic in range(1 + hasattr(inductor, "deterministic")):  # older torch lacks it
+        if deterministic:
+            inductor.deterministic = True
+        how = "--compile" + ", deterministic" * deterministic
         torch.compiler.reset()
         started, step = time.perf_counter(), make_step(m, compiled=True)
         step()
         about = f"the first step takes {time.perf_counter() - started:.0f} s"
         compiled, eager = time_in_turns(m, step, make_step(m))
         yield row(f"training step, {how}, against not", eager / compiled, "x", about=about)
-        environment = {"TORCHINDUCTOR_DETERMINISTIC": "1" if "deterministic" in how else "0"}
-        yield from check_resume(m, how, "--compile", **environment)
+        yield from check_resume(m, how, "--compile", TORCHINDUCTOR_DETERMINISTIC=str(deterministic))
 
 
 QUICK = [check_logits, check_gradients, measure_memory, measure_training, measure_loader, measure_prediction]
 QUICK += [estimate_hours]
-SLOW = [check_resume, check_several, measure_compiling]
 
 
-def main(args):
+def main(m):
+    """Print and keep the table. m: the command line, to which is added what the checks need and find out."""
     console.quiet_libraries()
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     devices.compute_exactly("32")
-    kind, indices = devices.choose_device(None)
-    m = SimpleNamespace(device=torch.device(kind, indices[0]), gpus=indices if kind == "cuda" else [])
-    m.synchronise = partial(torch.cuda.synchronize, m.device) if m.gpus else lambda: None
-    m.size, m.batches = args.image_size or (SIZE if m.gpus else SMALL_SIZE), args.batches
-    m.batch, m.num_workers, m.precision = m.batches[0], args.num_workers, devices.choose_precision(None, kind)
-    name, software = "CPU: there is no GPU", devices.describe_environment()
-    if m.gpus:
-        name = torch.cuda.get_device_name(m.device)
+    kind, _ = devices.choose_device(None)
+    m.device, m.gpu, m.precision = torch.device(kind, 0), kind == "cuda", devices.choose_precision(None, kind)
+    m.synchronise = torch.cuda.synchronize if m.gpu else lambda: None
+    m.size, m.batch = m.image_size or (SIZE if m.gpu else SMALL_SIZE), m.batches[0]
+    name, software = torch.cuda.get_device_name() if m.gpu else "CPU: there is no GPU", devices.describe_environment()
+    if m.gpu:
         driver = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
         software |= {"cuda": torch.version.cuda, "driver": driver}
     record = {"device": name, "size": m.size, "num_workers": m.num_workers, "environment": software, "checks": []}
@@ -317,12 +279,12 @@ def main(args):
         shown = "" if found["value"] is None else f"{found['value']:.4g} {found['unit']}"
         print(f"{found['check']:56} {found['result']:8} {shown:>16}  {found['about']}".rstrip(), flush=True)
         record["checks"].append(found)
-        with atomic_write(args.out, "w") as file:
+        with atomic_write(m.out, "w") as file:
             json.dump(record, file, indent=1)
 
     with tempfile.TemporaryDirectory() as folder:
         m.folder = Path(folder)
-        for check in QUICK + SLOW * (not args.quick):
+        for check in QUICK + [check_resume, measure_compiling] * (not m.quick):
             try:
                 for found in check(m):
                     add(found)
@@ -331,7 +293,7 @@ def main(args):
                 too_large = re.search(devices.OUT_OF_MEMORY, reason, re.I)  # no fault of the GPU
                 add(row(check.__name__, holds=None if too_large else False, about=reason))
     if failed := [found["check"].strip() for found in record["checks"] if found["result"] == "failed"]:
-        raise console.InputError(f"{'; '.join(failed)}: see the table, and {args.out}")
+        raise console.InputError(f"{'; '.join(failed)}: see the table, and {m.out}")
 
 
 if __name__ == "__main__":
