@@ -53,7 +53,7 @@ def compute_maps(backbone, images):
 @cache
 def sketch(name, image_size=None):
     """A backbone and its maps of an image of (height, width), or its own size, on the meta device. Raises InputError."""
-    with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
+    with torch.device("meta"), torch.enable_grad():
         network = create(name).eval()
         own_size = own_config(network, name)["input_size"][1:]
         height, width = image_size or own_size
