@@ -64,18 +64,17 @@ def remove(path):
 
 
 def lock_file(path, wait=True, hint=""):
-    """Hold a lock until it is released or the process ends; None if it is taken, unless `wait`. Raises InputError."""
+    """Take a lock, for a `with` block; None if another process holds it, unless `wait`. Raises InputError."""
     lock = FileLock(path)
     with refusing(f"cannot lock {path}", OSError, advice=hint):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=0)
+            return lock.acquire(timeout=0)
         except Timeout:
             if not wait:
                 return None
             say(f"waiting for another process, which holds {path}")
-            lock.acquire(timeout=LOCK_TIMEOUT)
-    return lock
+            return lock.acquire(timeout=LOCK_TIMEOUT)
 
 
 def digest(content):

@@ -146,7 +146,7 @@ def open_log_dir(args, n_folds, record, folds, check_networks):
         locks = {fold: lock_file(log_dir / f".fold={fold}.lock", wait=False) for fold in range(n_folds)}
         busy = [fold for fold, lock in locks.items() if lock is None]
         for fold in set(locks) - set(args.folds) - set(busy):  # that was a look only
-            locks.pop(fold).release()
+            locks.pop(fold).lock.release()
         if mine := " ".join(str(fold) for fold in args.folds if fold in busy):
             raise InputError(f"another process is training fold {mine} in {log_dir}: wait, or use another --log_dir")
         compare_folds(args, n_folds, record, busy, check_networks)

@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,6 @@ from conftest import file_size_limit, refusal
 from torch.utils.data import DataLoader
 
 from dataset import EpochSampler, LeafDataset, make_loader, train_augmentation
-from harness import files
 from harness.console import InputError
 from harness.files import atomic_write, check_writable, write_csv
 from utils import column_aucs, mean_auc, split_folds
@@ -23,28 +23,25 @@ from utils import column_aucs, mean_auc, split_folds
 def test_an_epoch_is_a_permutation_in_whole_batches_that_depends_on_seed_fold_and_epoch():
     rows = np.arange(100, 137)
 
-    def epoch(number, seed=1, fold=0):
+    def order(epoch, seed=1, fold=0):
         sampler = EpochSampler(rows, 8, seed, fold)
-        sampler.set_epoch(number)
-        assert len(sampler) == 32
-        return list(sampler)
+        sampler.set_epoch(epoch)
+        folds, epochs, drawn = zip(*sampler, strict=True)
+        assert len(sampler) == len(drawn) == len(set(drawn)) == 32 and set(drawn) <= set(rows)
+        assert set(folds) == {fold} and set(epochs) == {epoch}
+        return drawn
 
-    keys = epoch(3)
-    assert len(keys) == 32 and {(fold, draw) for fold, draw, _ in keys} == {(0, 3)}
-    assert len({row for _, _, row in keys}) == 32 and {row for _, _, row in keys} <= set(rows)
-    assert keys == epoch(3)
-    order = [row for _, _, row in keys]
-    for other in (epoch(4), epoch(3, seed=2), epoch(3, fold=1)):
-        assert [row for _, _, row in other] != order
+    assert order(3) == order(3)
+    assert order(3) not in (order(4), order(3, seed=2), order(3, fold=1))
 
 
 def test_two_processes_share_each_global_batch():
     whole = list(EpochSampler(np.arange(40), 8, 1, 0))
     halves = [list(EpochSampler(np.arange(40), 8, 1, 0, rank, 2)) for rank in (0, 1)]
     assert len(whole) == 40 and [len(half) for half in halves] == [20, 20]
-    for start in range(0, 40, 8):
-        half = start // 2
-        assert halves[0][half : half + 4] + halves[1][half : half + 4] == whole[start : start + 8]
+    for batch in range(5):
+        shares = [half[4 * batch : 4 * batch + 4] for half in halves]
+        assert shares[0] + shares[1] == whole[8 * batch : 8 * batch + 8]
 
 
 @pytest.mark.parametrize("workers, context", [(1, "fork"), (2, "fork"), (2, "spawn")])
@@ -56,8 +53,7 @@ def test_batches_do_not_depend_on_the_workers_forked_or_spawned(workers, context
     keys = [(3, draw, row) for draw in range(2) for row in range(6)]
     expected = list(make_loader(data, keys, 4, 0))
     found = list(DataLoader(data, 4, sampler=keys, num_workers=workers, multiprocessing_context=context))
-    for one, two in zip(expected, found, strict=True):
-        torch.testing.assert_close(one, two, rtol=0, atol=0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert expected[0]["image"].dtype == torch.uint8 and expected[0]["image"].shape == (4, 16, 24, 3)
     views = torch.cat([batch["image"] for batch in expected])
     assert not torch.equal(views[:6], views[6:])  # two epochs differ
@@ -95,12 +91,8 @@ def write_checkpoint(path):
         torch.save({"weights": torch.zeros(1_000_000)}, file)
 
 
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
 @pytest.mark.parametrize("write", [write_table, write_checkpoint])
-def test_when_a_file_finds_no_room_the_older_one_is_still_there(write, tmp_path, small_disk, monkeypatch):
+def test_when_a_file_finds_no_room_the_older_one_is_still_there(write, tmp_path, small_disk):
     (tmp_path / "older").write_text("older")
     with file_size_limit(100_000):
         assert refusal(write, tmp_path / "older") == f"error: cannot write {tmp_path / 'older'}: File too large"
@@ -108,25 +100,20 @@ def test_when_a_file_finds_no_room_the_older_one_is_still_there(write, tmp_path,
     assert refusal(write, small_disk / "older").endswith("older: No space left on device")
     for moment in ("fsync", "replace"):  # after the last byte
         for number in (errno.ENOSPC, errno.EIO):
-
-            def fail(*_, number=number):
-                raise OSError(number, os.strerror(number))
-
-            with monkeypatch.context() as patched:
-                patched.setattr(files.os, moment, fail)
+            with patch.object(os, moment, side_effect=OSError(number, os.strerror(number))):
                 assert refusal(write, tmp_path / "older").endswith(f"older: {os.strerror(number)}")
     for folder in (tmp_path, small_disk):
         assert (folder / "older").read_text() == "older"
-    assert names(small_disk) == ["older"] and names(tmp_path) == ["disk", "older"]
+    assert os.listdir(small_disk) == ["older"] and sorted(os.listdir(tmp_path)) == ["disk", "older"]
 
 
 def test_what_cannot_be_written_is_told_before_and_what_is_no_error_of_the_disk_stays_what_it_is(tmp_path):
     (tmp_path / "older").write_text("older")
     check_writable(tmp_path / "older", tmp_path / "new" / "file.csv")
-    assert (tmp_path / "older").read_text() == "older" and not names(tmp_path / "new")
+    assert (tmp_path / "older").read_text() == "older" and not os.listdir(tmp_path / "new")
     assert "it is a folder" in refusal(check_writable, tmp_path)
     assert "it is no ordinary file" in refusal(check_writable, "/dev/null")
     assert "File exists" in refusal(check_writable, tmp_path / "older" / "file.csv")
     with pytest.raises(RuntimeError, match="another"), atomic_write(tmp_path / "file"):
         raise RuntimeError("another")
-    assert names(tmp_path) == ["new", "older"]
+    assert sorted(os.listdir(tmp_path)) == ["new", "older"]

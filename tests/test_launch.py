@@ -329,7 +329,7 @@ for start in range(10):
     locks = open_log_dir(args, 5, record, pd.DataFrame({"image_id": ["a"], "fold": [0]}), None)
     time.sleep(0.003)
     for lock in locks:
-        lock.release()
+        lock.lock.release()
 """
 
 

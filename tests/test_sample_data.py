@@ -17,8 +17,8 @@ from utils import CLASSES
 KINDS = {"healthy": set(), "multiple_diseases": {"rust", "scab"}, "rust": {"rust"}, "scab": {"scab"}}
 
 
-def draw(out, *options):
-    main(["--out", str(out), "--n_train", "12", "--n_test", "8", "--photo_size", "64", "96", *options])
+def draw(out, options=""):
+    main(["--out", str(out), *"--n_train 12 --n_test 8 --photo_size 64 96".split(), *options.split()])
     return contents(out)
 
 
@@ -30,11 +30,8 @@ def contents(folder):
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """200 + 100 photos of 128 x 192 pixels."""
-
-    def fill(folder):
-        main(["--out", str(folder / "data"), "--n_train", "200", "--n_test", "100", "--photo_size", "128", "192"])
-
-    return shared_folder(tmp_path_factory, "drawn", fill) / "data"
+    size = "--n_train 200 --n_test 100 --photo_size 128 192"
+    return shared_folder(tmp_path_factory, "drawn", lambda folder: draw(folder / "data", size)) / "data"
 
 
 def read_labels(path):
@@ -53,16 +50,15 @@ def all_true_labels(folder):
 
 
 def test_the_same_options_draw_the_same_bytes_and_each_photo_is_one_of_its_own(tmp_path):
-    one, other = draw(tmp_path / "one", "--threads", "1"), draw(tmp_path / "seed", "--seed", "7")
+    one, other = draw(tmp_path / "one", "--threads 1"), draw(tmp_path / "seed", "--seed 7")
     assert len(one) == 27  # 20 photos, six CSV files, sample.json
-    assert one == draw(tmp_path / "two", "--threads", "3")
+    assert one == draw(tmp_path / "two", "--threads 3")
     photos = [name for name in one if name.endswith(".jpg")]
     assert len(photos) == 20 and all(one[name] != other[name] for name in photos)
-    more = draw(tmp_path / "more", "--n_train", "30")  # a photo does not depend on the number of photos
-    labels = [all_true_labels(tmp_path / name) for name in ("one", "more")]
-    same = [image_id for image_id in labels[0].index if labels[0][image_id] == labels[1][image_id]]
-    assert len(same) >= 3
-    assert all(one[f"images/{image_id}.jpg"] == more[f"images/{image_id}.jpg"] for image_id in same)
+    more = draw(tmp_path / "more", "--n_train 30")  # a photo does not depend on the number of photos
+    labels, labels_of_more = all_true_labels(tmp_path / "one"), all_true_labels(tmp_path / "more")
+    same = [f"images/{image_id}.jpg" for image_id, label in labels.items() if label == labels_of_more[image_id]]
+    assert len(same) >= 3 and all(one[name] == more[name] for name in same)
     (tmp_path / "images").mkdir()
     for split, index in ((0, 0), (0, 1), (1, 0), (1, 1)):  # of one class, as drawn for the data set
         write_photo((split, index, "rust"), tmp_path, (64, 96), 1)
@@ -70,16 +66,14 @@ def test_the_same_options_draw_the_same_bytes_and_each_photo_is_one_of_its_own(t
 
 
 def test_layout(drawn):
-    rows = {"Train": 200, "Test": 100}
-    ids = {split: [f"{split}_{index}" for index in range(n)] for split, n in rows.items()}
-    assert list(pd.read_csv(drawn / "train.csv").image_id) == ids["Train"]
-    assert list(pd.read_csv(drawn / "test_labels.csv").image_id) == ids["Test"]
-    assert (drawn / "test.csv").read_text().split() == ["image_id", *ids["Test"]]
-    submission = pd.read_csv(drawn / "sample_submission.csv")
-    assert list(submission.columns) == ["image_id", *CLASSES] and list(submission.image_id) == ids["Test"]
-    assert (submission[list(CLASSES)] == 0.25).all(axis=None)
-    assert {path.stem for path in (drawn / "images").iterdir()} == {*ids["Train"], *ids["Test"]}
+    train, test = ([f"{split}_{index}" for index in range(n)] for split, n in (("Train", 200), ("Test", 100)))
     assert (drawn / "train.csv").read_text().startswith("image_id,healthy,multiple_diseases,rust,scab\nTrain_0,")
+    assert list(pd.read_csv(drawn / "train.csv").image_id) == train
+    assert list(pd.read_csv(drawn / "test_labels.csv").image_id) == test
+    assert (drawn / "test.csv").read_text().split() == ["image_id", *test]
+    quarters = [f"{image_id},0.25,0.25,0.25,0.25" for image_id in test]
+    assert (drawn / "sample_submission.csv").read_text().split() == [",".join(["image_id", *CLASSES]), *quarters]
+    assert {path.stem for path in (drawn / "images").iterdir()} == {*train, *test}
     sizes = [cv2.imread(str(path)).shape for path in (drawn / "images").iterdir()]
     portraits = sizes.count((192, 128, 3))
     assert sizes.count((128, 192, 3)) == 300 - portraits and 1 <= portraits <= 30
@@ -87,10 +81,10 @@ def test_layout(drawn):
 
 def test_labels_are_mixed_as_the_competitions_and_some_are_wrong(drawn):
     labels = all_true_labels(drawn)
-    train = labels[labels.index.str.startswith("Train")].value_counts().to_dict()
-    assert train == {"healthy": 57, "multiple_diseases": 10, "rust": 68, "scab": 65}
-    test = labels[labels.index.str.startswith("Test")].value_counts().to_dict()
-    assert test == {"healthy": 28, "multiple_diseases": 5, "rust": 34, "scab": 33}
+    mixed = {"Train": (57, 10, 68, 65), "Test": (28, 5, 34, 33)}
+    for split, counts in mixed.items():
+        found = labels[labels.index.str.startswith(split)].value_counts().to_dict()
+        assert found == dict(zip(CLASSES, counts, strict=True))
     assert set(true_labels(8, np.random.default_rng(0))) == set(CLASSES)
     assert true_labels(50, np.random.default_rng(0)) != true_labels(50, np.random.default_rng(1))
     wrong = pd.read_csv(drawn / "wrong_labels.csv", index_col="image_id")
@@ -103,10 +97,9 @@ def test_labels_are_mixed_as_the_competitions_and_some_are_wrong(drawn):
 
 
 def test_lesions_agree_with_the_true_labels(drawn):
-    lesions = pd.read_csv(drawn / "lesions.csv")
+    lesions, labels = pd.read_csv(drawn / "lesions.csv"), all_true_labels(drawn)
     assert list(lesions.columns) == ["image_id", "kind", "x", "y", "radius"]
     found = lesions.groupby("image_id").kind.agg(set).to_dict()
-    labels = all_true_labels(drawn)
     assert {image_id: found.get(image_id, set()) for image_id in labels.index} == labels.map(KINDS).to_dict()
     counts = lesions.groupby(["kind", "image_id"]).size()
     assert counts["rust"].between(5, 14).all() and counts["scab"].between(4, 10).all()
@@ -125,15 +118,14 @@ def test_spots_are_where_the_list_says_and_survive_downsampling(label, seed):
     far = np.min([np.hypot(x - a, y - b) / radius for _, a, b, radius in spots], axis=0)
     assert np.array_equal(ill[far > 2.2], well[far > 2.2])
 
-    small = [cv2.resize(photo, (144, 96), interpolation=cv2.INTER_AREA).astype(int) for photo in (ill, well)]
-    assert (np.abs(small[0] - small[1]).sum(axis=2) > 40).sum() > 10 * len(spots)  # more than 10 pixels each
+    ill, well = (cv2.resize(photo, (144, 96), interpolation=cv2.INTER_AREA).astype(int) for photo in (ill, well))
+    assert (np.abs(ill - well).sum(axis=2) > 40).sum() > 10 * len(spots)  # more than 10 pixels each
     for kind, a, b, _ in spots:
-        at = int(b * 96 / 256), int(a * 144 / 384)
-        (red, green, blue), before = small[0][at], small[1][at]
+        now, before = (photo[int(b * 96 / 256), int(a * 144 / 384)] for photo in (ill, well))
         if kind == "rust":
-            assert red - green > before[0] - before[1] + 25 and red - blue > before[0] - before[2] + 25
+            assert ((now[0] - now[1:]) > (before[0] - before[1:]) + 25).all()  # more red than green, and than blue
         else:
-            assert red + green + blue < 0.8 * before.sum()
+            assert now.sum() < 0.8 * before.sum()
 
 
 def test_lesions_are_in_pixels_of_the_written_photo(tmp_path):
@@ -165,7 +157,7 @@ def test_what_is_there_is_kept_finished_or_refused(tmp_path, capsys, monkeypatch
     assert draw(tmp_path / "one") == before and "already there" in capsys.readouterr().out
     for name in ("train.csv", "test.csv", "images/Train_3.jpg"):  # as after an interruption
         (tmp_path / "one" / name).unlink()
-    said = refusal(draw, tmp_path / "one", "--seed", "8")  # would mix two data sets
+    said = refusal(draw, tmp_path / "one", "--seed 8")  # would mix two data sets
     assert "--out" in said and "delete" in said
     written = []
 

@@ -36,21 +36,19 @@ tables = st.lists(st.tuples(ids, st.integers(0, 3)), min_size=1, max_size=9, uni
 
 def encode(rows, line_end="\n", mark=b"", quoting=csv.QUOTE_MINIMAL, blank_after=()):
     """Rows of texts, the header first, as the bytes of a CSV file, with blank lines after some of them."""
-    lines = []
+    text = io.StringIO()
     for number, row in enumerate(rows):
-        text = io.StringIO()
         csv.writer(text, lineterminator=line_end, quoting=quoting).writerow(row)
-        lines += [text.getvalue(), line_end if number in blank_after else ""]
-    return mark + "".join(lines).encode()
+        text.write(line_end if number in blank_after else "")
+    return mark + text.getvalue().encode()
 
 
 def spell(table, spellings=(("0", "1"),)):
     """A table of ids and classes as rows of texts under a header; each number in one of `spellings`."""
-    rows = [
-        [image_id, *(spellings[(row + column) % len(spellings)][column == label] for column in range(4))]
-        for row, (image_id, label) in enumerate(table)
-    ]
-    return [list(COLUMNS), *rows]
+    rows = [list(COLUMNS)]
+    for row, (image_id, label) in enumerate(table):
+        rows.append([image_id, *(spellings[(row + k) % len(spellings)][k == label] for k in range(4))])
+    return rows
 
 
 @random_tables
@@ -79,46 +77,31 @@ def test_a_table_that_satisfies_the_contract_is_read_however_it_is_written(
 def test_what_write_csv_writes_is_read_to_the_bit_in_any_order(tmp_path, table, order, weights):
     values = np.array(weights).reshape(9, 4)[: len(table)] + [0, 0, 0, 1e-9]
     values /= values.sum(1, keepdims=True)
-    written = pd.DataFrame(values, columns=CLASSES)
-    written.insert(0, "image_id", [image_id for image_id, _ in table])
-    rows = list(range(len(table)))
-    order.shuffle(rows)
-    write_csv(tmp_path / "soft.csv", written.iloc[rows])
-    read = read_soft_labels(tmp_path / "soft.csv", wanted=written["image_id"])
-    assert read["image_id"].tolist() == written["image_id"].tolist()
+    wanted = pd.Index([image_id for image_id, _ in table], name="image_id")
+    rows = pd.DataFrame(values, wanted, CLASSES).reset_index()
+    write_csv(tmp_path / "soft.csv", rows.iloc[order.sample(range(len(rows)), len(rows))])
+    read = read_soft_labels(tmp_path / "soft.csv", wanted=wanted)
+    assert read["image_id"].tolist() == wanted.tolist()
     assert read[list(CLASSES)].to_numpy().tobytes() == values.tobytes()
 
 
-def put(column, text):
-    """A corruption: `text` in one cell of a row."""
-    return lambda rows, row: rows[row].__setitem__(column, text)
+def put(place, text):
+    """A corruption: `text` in one cell of a row, or its characters in several."""
+    return lambda rows, row: rows[row].__setitem__(place, text)
 
 
 PLAIN, HOT = "no plain file name", "is not one 1 and 3 times 0"
+# among them a drive, an escape sequence, a character that cannot be seen, and what a spreadsheet takes for a formula
+NO_IDS = ["a/b", "a\\b", "..", "C:a", "a\0b", "a\nb", "a\x1b[2Jb", "a\u200bb", "=1+1", "-1", " a", "a "]
+NO_NUMBERS = {"": 1, "yes": 2, "0_0": 2, "٠": 2, "nan": 3, "-inf": 4}  # and the column where they stand
 CORRUPTIONS = {  # of one row: what is done to it, and what is said of it
     "id missing": (put(0, ""), "has no image_id"),
-    "id with a slash": (put(0, "a/b"), PLAIN),
-    "id with a backslash": (put(0, "a\\b"), PLAIN),
-    "id of the parent": (put(0, ".."), PLAIN),
-    "id on a drive": (put(0, "C:a"), PLAIN),
-    "id with NUL": (put(0, "a\0b"), PLAIN),
-    "id on two lines": (put(0, "a\nb"), PLAIN),
-    "id with an escape sequence": (put(0, "a\x1b[2Jb"), PLAIN),
-    "id with a character that cannot be seen": (put(0, "a\u200bb"), PLAIN),
-    "id that a spreadsheet takes for a formula": (put(0, "=1+1"), PLAIN),
-    "id that begins with a minus": (put(0, "-1"), PLAIN),
-    "blank before an id": (put(0, " a"), PLAIN),
-    "blank after an id": (put(0, "a "), PLAIN),
-    "label missing": (put(1, ""), "has no number for healthy"),
-    "label no number": (put(2, "yes"), "has no number for multiple_diseases"),
-    "label with an underscore": (put(2, "0_0"), "has no number for multiple_diseases"),
-    "label in other digits": (put(2, "٠"), "has no number for multiple_diseases"),
-    "label nan": (put(3, "nan"), "has no number for rust"),
-    "label infinite": (put(4, "-inf"), "has no number for scab"),
+    **{f"id {text!r}": (put(0, text), PLAIN) for text in NO_IDS},
+    **{f"label {text!r}": (put(n, text), f"has no number for {COLUMNS[n]}") for text, n in NO_NUMBERS.items()},
     "label too large": (put(1, "2"), HOT),
     "label between": (put(1, "0.5"), HOT),
-    "no label at all": (lambda rows, row: rows[row].__setitem__(slice(1, 5), "0000"), HOT),
-    "two labels": (lambda rows, row: rows[row].__setitem__(slice(1, 5), "0110"), HOT),
+    "no label at all": (put(slice(1, 5), "0000"), HOT),
+    "two labels": (put(slice(1, 5), "0110"), HOT),
     "value too few": (lambda rows, row: rows[row].pop(), "has no number for scab"),
     "row twice": (lambda rows, row: rows.insert(row, list(rows[row])), "repeats an image_id"),
 }
@@ -181,11 +164,10 @@ def test_a_faulty_file_is_refused(tmp_path, fault):
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Windows has other permissions")
 def test_a_csv_file_without_permission_is_named(tmp_path):
-    (tmp_path / "train.csv").write_bytes(HEADER + b"a,1,0,0,0\n")
-    (tmp_path / "train.csv").chmod(0)
+    path = tmp_path / "train.csv"
+    path.touch(0)
     with without_root():
-        said = refusal(read_labels, tmp_path / "train.csv")
-    assert said == f"error: {tmp_path / 'train.csv'} cannot be read as CSV in UTF-8 (Permission denied)"
+        assert refusal(read_labels, path) == f"error: {path} cannot be read as CSV in UTF-8 (Permission denied)"
 
 
 # ---------------------------------------------------------------------------- soft labels and submissions, for a and b
@@ -206,9 +188,15 @@ NO_DISTRIBUTIONS = {  # what is refused as soft labels, but blended with a note:
 }
 
 
+def write(folder, **tables):
+    """Write CSV files, each with the header of the labels and the rows that are given, bytes."""
+    for name, rows in tables.items():
+        (folder / f"{name}.csv").write_bytes(HEADER + rows)
+
+
 def blend_two(folder, first, second):
     """Blend two files of a folder into mix.csv there."""
-    names = [str(folder / name) for name in (first, second)]
+    names = [str(folder / f"{name}.csv") for name in (first, second)]
     blend.main(Namespace(submissions=names, output=str(folder / "mix.csv"), limit=None))
     return pd.read_csv(folder / "mix.csv")
 
@@ -216,29 +204,23 @@ def blend_two(folder, first, second):
 @pytest.mark.parametrize("fault", NOT_MATCHING)
 def test_files_that_do_not_match_are_neither_learned_from_nor_blended(tmp_path, fault):
     rows, words = NOT_MATCHING[fault]
-    (tmp_path / "first.csv").write_bytes(HEADER + b"a,1,0,0,0\nb,1,0,0,0\n")
-    (tmp_path / "other.csv").write_bytes(HEADER + rows)
+    write(tmp_path, first=b"a,1,0,0,0\nb,1,0,0,0\n", other=rows)
     (tmp_path / "mix.csv").write_text("older")
-    for said in (
-        refusal(read_soft_labels, tmp_path / "other.csv", wanted=["a", "b"]),
-        refusal(blend_two, tmp_path, "first.csv", "other.csv"),
-    ):
+    learned = refusal(read_soft_labels, tmp_path / "other.csv", wanted=["a", "b"])
+    for said in (learned, refusal(blend_two, tmp_path, "first", "other")):
         assert "other.csv: " in said and all(word in said for word in words), said
+    missing = "none.csv does not exist (No such file or directory); run the step"
+    assert missing in refusal(blend_two, tmp_path, "first", "none")
     assert (tmp_path / "mix.csv").read_text() == "older"
-    assert "none.csv does not exist (No such file or directory); run the step" in refusal(
-        blend_two, tmp_path, "first.csv", "none.csv"
-    )
 
 
 @pytest.mark.parametrize("case", NO_DISTRIBUTIONS)
 def test_what_is_no_distribution_is_not_learned_from_and_blended_with_a_note(tmp_path, capsys, case):
     values, rows, said = NO_DISTRIBUTIONS[case]
-    (tmp_path / "first.csv").write_bytes(HEADER + b"a,1,0,0,0\nb,0,0,0,1\n")
-    table = pd.DataFrame(values, columns=list(CLASSES))
-    table.insert(0, "image_id", ["a", "b"])
-    table.to_csv(tmp_path / "other.csv", index=False)
+    write(tmp_path, first=b"a,1,0,0,0\nb,0,0,0,1\n")
+    pd.DataFrame(values, ["a", "b"], CLASSES).to_csv(tmp_path / "other.csv", index_label="image_id")
     assert f"('b') is no probability distribution: {said}" in refusal(read_soft_labels, tmp_path / "other.csv")
-    mix = blend_two(tmp_path, "first.csv", "other.csv")[list(CLASSES)].to_numpy()
+    mix = blend_two(tmp_path, "first", "other")[list(CLASSES)].to_numpy()
     (note,) = [line for line in capsys.readouterr().out.splitlines() if "note: " in line]
     assert all(word in note for word in ("other.csv", rows, "blended all the same"))
     np.testing.assert_allclose(mix, (np.array(values) + [[1, 0, 0, 0], [0, 0, 0, 1]]) / 2)
@@ -246,32 +228,28 @@ def test_what_is_no_distribution_is_not_learned_from_and_blended_with_a_note(tmp
 
 @pytest.mark.parametrize("digits", [2, 3, 4, 6])
 def test_honest_probabilities_are_taken_however_they_were_rounded(tmp_path, digits, capsys):
-    exact = np.random.default_rng(0).dirichlet([0.5] * 4, 1821)
-    rows = pd.DataFrame(exact.round(digits), columns=list(CLASSES))
-    assert digits > 3 or (abs(rows.sum(axis=1) - 1) > 10.0**-digits / 2).sum() > 300
-    rows.insert(0, "image_id", [f"Test_{i}" for i in range(1821)])
-    rows.to_csv(tmp_path / "rounded.csv", index=False)
-    read = read_soft_labels(tmp_path / "rounded.csv")
-    np.testing.assert_array_equal(read[list(CLASSES)], exact.round(digits))
-    blend_two(tmp_path, "rounded.csv", "rounded.csv")
+    rounded = np.random.default_rng(0).dirichlet([0.5] * 4, 1821).round(digits)
+    assert digits > 3 or (abs(rounded.sum(axis=1) - 1) > 10.0**-digits / 2).sum() > 300
+    ids = [f"Test_{i}" for i in range(1821)]
+    pd.DataFrame(rounded, ids, CLASSES).to_csv(tmp_path / "rounded.csv", index_label="image_id")
+    np.testing.assert_array_equal(read_soft_labels(tmp_path / "rounded.csv")[list(CLASSES)], rounded)
+    blend_two(tmp_path, "rounded", "rounded")
     assert "note" not in capsys.readouterr().out
 
 
 def test_submissions_of_any_size_in_another_order_and_the_same_one_twice_are_blended(tmp_path):
-    (tmp_path / "first.csv").write_bytes(HEADER + b"a,1,0,0,0\nb,.5,.5,0,0\n")
-    (tmp_path / "second.csv").write_bytes(HEADER + b"b,0,0,.5,.5\na,0,0,0,1\n")
+    write(tmp_path, first=b"a,1,0,0,0\nb,.5,.5,0,0\n", second=b"b,0,0,.5,.5\na,0,0,0,1\n", large=b"a,1e308,0,0,0\n")
     for second, expected in (("second", [[0.5, 0, 0, 0.5], [0.25] * 4]), ("first", [[1, 0, 0, 0], [0.5, 0.5, 0, 0]])):
-        mix = blend_two(tmp_path, "first.csv", f"{second}.csv")
+        mix = blend_two(tmp_path, "first", second)
         assert mix["image_id"].tolist() == ["a", "b"]
         np.testing.assert_array_equal(mix[list(CLASSES)].to_numpy(), expected)
-    (tmp_path / "large.csv").write_bytes(HEADER + b"a,1e308,0,0,0\n")
-    assert blend_two(tmp_path, "large.csv", "large.csv")["healthy"].tolist() == [1e308]
+    assert blend_two(tmp_path, "large", "large")["healthy"].tolist() == [1e308]
 
 
 def test_soft_labels_are_joined_by_image_id_not_by_row(tmp_path):
     """The original looked them up by row number inside the fold: 11 of 7,284 training rows got their own."""
-    (tmp_path / "soft_labels.csv").write_bytes(HEADER + b"b,0.1,0.2,0.3,0.4\na,0.7,0.1,0.1,0.1\nc,0,0,0,1\n")
-    soft = read_soft_labels(tmp_path / "soft_labels.csv", wanted=["a", "b"], may_hold_more=True)
+    write(tmp_path, soft=b"b,0.1,0.2,0.3,0.4\na,0.7,0.1,0.1,0.1\nc,0,0,0,1\n")
+    soft = read_soft_labels(tmp_path / "soft.csv", wanted=["a", "b"], may_hold_more=True)
     assert soft["image_id"].tolist() == ["a", "b"]
     mixed = mix_labels(np.eye(4)[[0, 3]], soft[list(CLASSES)].to_numpy(), 0.3)
     np.testing.assert_allclose(mixed, [[0.91, 0.03, 0.03, 0.03], [0.03, 0.06, 0.09, 0.82]], atol=1e-7)
@@ -279,7 +257,7 @@ def test_soft_labels_are_joined_by_image_id_not_by_row(tmp_path):
 
 
 def test_test_photos_come_in_the_row_order_of_sample_submission_and_test_csv_must_have_the_same_ids(tmp_path):
-    (tmp_path / "sample_submission.csv").write_bytes(HEADER + b"b,.25,.25,.25,.25\na,.25,.25,.25,.25\n")
+    write(tmp_path, sample_submission=b"b,.25,.25,.25,.25\na,.25,.25,.25,.25\n")
     (tmp_path / "test.csv").write_text("image_id\na\nb\n")
     assert read_test_ids(tmp_path).tolist() == ["b", "a"]
     (tmp_path / "test.csv").write_text("image_id\na\nc\n")

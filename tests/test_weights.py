@@ -9,10 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pretrainedmodels
 import pytest
 import torch
+from conftest import refusal
 
 from harness import backbones
 from harness.backbones import find_weights, load_backbone_weights
-from harness.console import InputError
 from models import LeafNet
 
 BACKBONE = "se_resnext50_32x4d"
@@ -27,13 +27,13 @@ class Host(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.requests.append(self.path)
-        folder = self.path.split("/")[1]
-        if folder not in ("good", "truncated", "wrong"):
+        bodies = {"good": CONTENT, "truncated": CONTENT[: len(CONTENT) // 2], "wrong": CONTENT[::-1]}
+        body = bodies.get(self.path.split("/")[1])
+        if body is None:
             return self.send_error(404)
         self.send_response(200)
         self.send_header("Content-Length", str(len(CONTENT)))
         self.end_headers()
-        body = {"good": CONTENT, "truncated": CONTENT[: len(CONTENT) // 2], "wrong": CONTENT[::-1]}[folder]
         self.wfile.write(body)
 
     def log_message(self, *_):
@@ -42,25 +42,34 @@ class Host(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def host(monkeypatch, tmp_path):
-    """A local HTTP server; returns a function that makes its folders the sources of the weights, in that order."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Host)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    """A local HTTP server; returns a function that makes its folders the sources of the weights, in that order.
+
+    Nothing listens behind "refuses", and what listens behind "hangs" never answers.
+    """
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(backbones, "DOWNLOAD_TIMEOUT", 1)
     Host.requests = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Host)
+    threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
+    with server, socket.create_server(("127.0.0.1", 0)) as hangs, socket.socket() as refuses:
+        refuses.bind(("127.0.0.1", 0))
+        silent = {"hangs": hangs.getsockname()[1], "refuses": refuses.getsockname()[1]}
 
-    def serve(*folders, port=server.server_port):
-        urls = [f"http://127.0.0.1:{port}/{folder}/net{i}-{DIGEST}.pth" for i, folder in enumerate(folders)]
-        monkeypatch.setattr(backbones, "own_config", lambda network, name: {"url": urls[0]})
-        monkeypatch.setattr(backbones, "MIRRORS", {BACKBONE: urls[1:]})
-        monkeypatch.setattr(backbones, "sketch", lambda name: (None, None))
+        def serve(*folders):
+            places = [f"127.0.0.1:{silent.get(folder, server.server_port)}/{folder}" for folder in folders]
+            urls = [f"http://{place}/net{i}-{DIGEST}.pth" for i, place in enumerate(places)]
+            monkeypatch.setattr(backbones, "own_config", lambda network, name: {"url": urls[0]})
+            monkeypatch.setattr(backbones, "MIRRORS", {BACKBONE: urls[1:]})
+            monkeypatch.setattr(backbones, "sketch", lambda name: (None, None))
 
-    yield serve
-    server.shutdown()
-    server.server_close()
+        yield serve
+        server.shutdown()
 
 
-def cached(tmp_path):
-    return sorted(path.name for path in (tmp_path / "torch" / "hub" / "checkpoints").glob("*"))
+@pytest.fixture
+def cache(tmp_path):
+    """Where downloads go; not yet there."""
+    return tmp_path / "torch" / "hub" / "checkpoints"
 
 
 def test_the_first_source_is_the_old_home_and_the_second_the_mirror():
@@ -70,71 +79,35 @@ def test_the_first_source_is_the_old_home_and_the_second_the_mirror():
     assert second.endswith("/legacy_se_resnext50_32x4d-f3651bad.pth")
 
 
-def test_the_first_host_down_the_second_answers(host, tmp_path):
-    host("absent", "good")
-    path = find_weights("imagenet", BACKBONE)
-    assert path.read_bytes() == CONTENT and path.name == f"net1-{DIGEST}.pth"
-    assert len(Host.requests) == 2
-    assert find_weights("imagenet", BACKBONE) == path  # now from the cache
-    assert len(Host.requests) == 2
-
-
-@pytest.mark.parametrize("fault", ["refuses", "hangs"])
-def test_a_first_host_that_refuses_or_hangs_does_not_keep_the_second_from_answering(host, monkeypatch, fault):
-    host("good", "good")
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        if fault == "hangs":
-            silent.listen()  # takes the connection and never answers
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}/net0-{DIGEST}.pth"
-        monkeypatch.setattr(backbones, "own_config", lambda network, name: {"url": url})
-        monkeypatch.setattr(backbones, "DOWNLOAD_TIMEOUT", 0.5)
-        assert find_weights("imagenet", BACKBONE).name == f"net1-{DIGEST}.pth"
+@pytest.mark.parametrize("fault", ["absent", "wrong", "truncated", "refuses", "hangs"])
+def test_a_faulty_first_source_leaves_nothing_and_does_not_keep_the_second_from_answering(host, cache, fault):
+    host(fault)
+    said = refusal(find_weights, "imagenet", BACKBONE)
+    assert not list(cache.iterdir()) and ("hash" in said or fault not in ("wrong", "truncated"))
+    host(fault, "good")
+    Host.requests = []
+    for _ in ("downloaded", "from the cache"):
+        path = find_weights("imagenet", BACKBONE)
+        assert path.read_bytes() == CONTENT and list(cache.iterdir()) == [path] == [cache / f"net1-{DIGEST}.pth"]
+        assert len(Host.requests) == (1 if fault in ("refuses", "hangs") else 2)
     assert socket.getdefaulttimeout() is None
 
 
-@pytest.mark.parametrize("fault", ["wrong", "truncated"])
-def test_a_download_that_is_not_what_its_name_promises_is_thrown_away(host, tmp_path, fault):
-    host(fault, "good")
-    assert find_weights("imagenet", BACKBONE).read_bytes() == CONTENT
-    assert cached(tmp_path) == [f"net1-{DIGEST}.pth"]
-    host(fault)
-    (tmp_path / "torch" / "hub" / "checkpoints" / f"net1-{DIGEST}.pth").unlink()
-    with pytest.raises(InputError, match="hash"):
-        find_weights("imagenet", BACKBONE)
-    assert cached(tmp_path) == []
+def test_nothing_reachable_says_which_file_to_put_where(host, cache):
+    host("refuses", "refuses")
+    said = refusal(find_weights, "imagenet", BACKBONE)
+    for hint in (f"net0-{DIGEST}.pth", f"net1-{DIGEST}.pth", str(cache), "--weights FILE", "--weights none"):
+        assert hint in said
+    assert not list(cache.iterdir())
 
 
-def test_nothing_reachable_says_which_file_to_put_where(host, tmp_path):
-    host("good", "good", port=9)  # nothing listens there
-    with pytest.raises(InputError) as error:
-        find_weights("imagenet", BACKBONE)
-    for hint in (
-        f"net0-{DIGEST}.pth",
-        f"net1-{DIGEST}.pth",
-        str(tmp_path / "torch"),
-        "--weights FILE",
-        "--weights none",
-    ):
-        assert hint in str(error.value)
-    assert cached(tmp_path) == []
-
-
-def test_a_damaged_file_in_the_cache_is_named(host, tmp_path):
-    host("good")
-    folder = tmp_path / "torch" / "hub" / "checkpoints"
-    folder.mkdir(parents=True)
-    (folder / f"net0-{DIGEST}.pth").write_bytes(CONTENT[:-1])
-    with pytest.raises(InputError, match="is damaged.*delete it"):
-        find_weights("imagenet", BACKBONE)
-    assert not Host.requests
-
-
-def test_none_is_from_scratch_and_a_missing_file_is_an_error(host, tmp_path):
+def test_none_is_from_scratch_a_missing_file_is_an_error_and_a_damaged_one_in_the_cache_is_named(host, cache):
     host("good")
     assert find_weights("none", BACKBONE) is None
-    with pytest.raises(InputError, match="imagnet: no such file"):
-        find_weights("imagnet", BACKBONE)
+    assert "imagnet: no such file" in refusal(find_weights, "imagnet", BACKBONE)
+    cache.mkdir(parents=True)
+    (cache / f"net0-{DIGEST}.pth").write_bytes(CONTENT[:-1])
+    assert re.search(rf"net0-{DIGEST}.pth is damaged.*delete it", refusal(find_weights, "imagenet", BACKBONE))
     assert not Host.requests
 
 
@@ -150,9 +123,9 @@ def test_a_file_given_by_hand_fills_the_backbone_and_leaves_the_head(tmp_path):
         torch.testing.assert_close(network.eval().backbone.features(images), original.eval().features(images))
     torch.testing.assert_close(network.fc.weight, head)
 
-    for backbone in ("densenet121", "inceptionv3"):  # other names for the classifier, and older ones for the layers
+    # other names for the classifier, and older ones for the layers
+    for backbone, classifier in (("densenet121", "classifier"), ("inceptionv3", "fc")):
         theirs = pretrainedmodels.__dict__[backbone](num_classes=1000, pretrained=None)
-        classifier = "classifier" if backbone == "densenet121" else "fc"
         state = {name.replace("last_linear", classifier): value for name, value in theirs.state_dict().items()}
         state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
         state = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): value for name, value in state.items()}
@@ -163,13 +136,9 @@ def test_a_file_given_by_hand_fills_the_backbone_and_leaves_the_head(tmp_path):
             if not name.endswith("num_batches_tracked"):
                 torch.testing.assert_close(value, theirs.state_dict()[name], rtol=0, atol=0)
 
-    incomplete = dict(list(original.state_dict().items())[5:])
-    torch.save(incomplete, tmp_path / "incomplete.pth")
-    with pytest.raises(InputError, match="does not hold weights of this backbone"):
-        load_backbone_weights(LeafNet().backbone, tmp_path / "incomplete.pth")
+    torch.save(dict(list(original.state_dict().items())[5:]), tmp_path / "incomplete.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(InputError, match="does not hold weights of this backbone"):
-        load_backbone_weights(LeafNet().backbone, tmp_path / "list.pth")
     (tmp_path / "noise.pth").write_bytes(CONTENT)
-    with pytest.raises(InputError, match="does not hold weights of this backbone"):
-        load_backbone_weights(LeafNet().backbone, tmp_path / "noise.pth")
+    for name in ("incomplete", "list", "noise"):
+        said = refusal(load_backbone_weights, LeafNet().backbone, tmp_path / f"{name}.pth")
+        assert "does not hold weights of this backbone" in said
