@@ -16,38 +16,39 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+import blend
+import dataset
+import inference
+import train
+from harness.console import parse_args
+from models import SCHEDULES, LeafModule, LeafNet
 from utils import CLASSES, make_training_parser, split_folds
 
 ALONE = SimpleNamespace(global_rank=0, world_size=1, strategy=SimpleNamespace(root_device=torch.device("cpu")))
 RARE = CLASSES.index("multiple_diseases")
 
-# ---------------------------------------------------------------------------------------------- what they share
-
 
 def read_data(labels, *options, test=0):
-    """(args, TrainingData) as train.py reads them, its photos left out. labels: class numbers, int (n,), for train.csv;
-    test: the number of test photos."""
-    import train
-    from harness.console import parse_args
-
+    """(args, TrainingData) as train.py reads them, but for the photos. labels: int (n,); test: number of test photos."""
     folder = Path(tempfile.mkdtemp(dir="."))
-    write(folder / "train.csv", [f"Train_{i}" for i in range(len(labels))], np.eye(4, dtype=int)[labels])
-    test_ids = [f"Test_{i}" for i in range(test)]
-    write(folder / "sample_submission.csv", test_ids, np.full((test, 4), 0.25))
-    pd.DataFrame({"image_id": test_ids}).to_csv(folder / "test.csv", index=False)
+    write(folder / "train.csv", names("Train", len(labels)), np.eye(4, dtype=int)[labels])
+    write(folder / "sample_submission.csv", names("Test", test), np.full((test, 4), 0.25))
+    pd.DataFrame({"image_id": names("Test", test)}).to_csv(folder / "test.csv", index=False)
 
     def no_photos(args, name, image_ids):
         return np.zeros((len(image_ids), 2, 3, 3), np.uint8) + (name == "test")
 
-    sys.modules["dataset"].cached_photos = train.cached_photos = no_photos
+    dataset.cached_photos = train.cached_photos = no_photos
     args = parse_args(make_training_parser(""), ["--data_dir", str(folder), "--num_workers", "0", *options])
     return args, train.read_training_data(args, SimpleNamespace(check=lambda folds, labels: None, inputs={}))
 
 
+def names(name, n):
+    return [f"{name}_{i}" for i in range(n)]
+
+
 def write(path, image_ids, values):
-    frame = pd.DataFrame(values, columns=list(CLASSES))
-    frame.insert(0, "image_id", image_ids)
-    frame.to_csv(path, index=False)
+    pd.DataFrame(values, pd.Index(image_ids, name="image_id"), list(CLASSES)).to_csv(path)
 
 
 def classes_of_the_competition():
@@ -61,8 +62,7 @@ def distributions(n, seed):
 class Seen(torch.nn.Module):
     """A network that keeps what it was given and answers with logits that depend on its own weights alone."""
 
-    def probabilities(self, logits):
-        return logits.softmax(1)
+    probabilities = LeafNet.probabilities
 
     def __init__(self, n):
         super().__init__()
@@ -75,8 +75,6 @@ class Seen(torch.nn.Module):
 
 def make_module(n):
     """A LeafModule of `Seen`, a batch of n photos with hard labels, and a list that its losses will be added to."""
-    from models import LeafModule
-
     module = LeafModule(Seen(n), "cosine", 1e-3, 0)
     module.log = lambda *_, **__: None
     module.optimizers = lambda: torch.optim.SGD([torch.zeros(1)], lr=0)
@@ -101,15 +99,10 @@ def validation_is_as_it_was(module, batch, losses):
     close(losses[-1][1], F.cross_entropy(module.network.answer, batch["label"], reduction="none"))
 
 
-# ---------------------------------------------------------------------------------------------- labels and folds
-
-
 def soft_labels_by_row():
-    import train
-
     labels = classes_of_the_competition()
     number = np.arange(1821) / 2000  # stands for the soft label of a row
-    write("soft_labels.csv", [f"Train_{i}" for i in range(1821)], np.stack([number, 1 - number, *[0 * number] * 2], 1))
+    write("soft_labels.csv", names("Train", 1821), np.stack([number, 1 - number, *[0 * number] * 2], 1))
     args, data = read_data(labels, "--soft_labels_filename", "soft_labels.csv", "--soft_share", "0.5")
     own = total = 0
     for fold in range(5):
@@ -133,15 +126,14 @@ def stratified_folds():
 
 
 def grouped_folds():
-    labels = np.arange(200) % 4
-    ids = np.array([f"Train_{i}" for i in range(200)])
+    labels, ids = np.arange(200) % 4, np.array(names("Train", 200))
     groups = [*np.arange(60).reshape(20, 3), np.arange(60, 67)]  # three that are all near, and a chain of seven
-    near = {i: [] for i in range(200)}
-    pairs = [pair for group in groups[:20] for pair in itertools.combinations(group, 2)]
-    for i, j in [*pairs, *itertools.pairwise(groups[20])]:
-        near[i].append(ids[j])
-        near[j].append(ids[i])
-    table = pd.DataFrame({"image_id": ids, "near_duplicates": ["/".join(near[i]) for i in range(200)]})
+    near = {image_id: [] for image_id in ids}
+    pairs = [pair for group in groups[:20] for pair in itertools.combinations(ids[group], 2)]
+    for one, other in [*pairs, *itertools.pairwise(ids[groups[20]])]:
+        near[one].append(other)
+        near[other].append(one)
+    table = pd.DataFrame({"image_id": ids, "near_duplicates": map("/".join, near.values())})
     table.to_csv("error_analysis.csv", index=False)
     folds = read_data(labels)[1].folds
     assert all(len(set(folds[group])) == 1 for group in groups)
@@ -157,10 +149,8 @@ def grouped_folds():
 
 
 def pseudo_labels():
-    import train
-
     pseudo = distributions(30, 1)
-    write("submission.csv", [f"Test_{i}" for i in range(30)][::-1], pseudo[::-1])  # joined by image_id
+    write("submission.csv", names("Test", 30)[::-1], pseudo[::-1])  # joined by image_id
     args, data = read_data(np.arange(40) % 4, "--train_batch_size", "2", test=30)
     assert data.folds.tolist() == [*split_folds(40, 2020), *[-1] * 30]
     for fold in range(5):
@@ -168,12 +158,9 @@ def pseudo_labels():
         trained = {row for _, _, row in training.sampler}
         assert trained == {*np.flatnonzero(data.folds[:40] != fold), *range(40, 70)}
         assert {row for _, _, row in validation.sampler} == {*np.flatnonzero(data.folds[:40] == fold)}
-        assert (data.image_ids.iloc[sorted(trained)[-30:]] == [f"Test_{i}" for i in range(30)]).all()
+        assert (data.image_ids.iloc[sorted(trained)[-30:]] == names("Test", 30)).all()
         np.testing.assert_allclose(training.dataset.labels[40:], pseudo, atol=1e-6)
         assert {int(training.dataset.images[row].max()) for row in range(40, 70)} == {1}
-
-
-# ---------------------------------------------------------------------------------------------- loss and schedule
 
 
 def label_smoothing():
@@ -192,15 +179,14 @@ def rare_class_weight():
 
 
 def mixup():
-    module, batch, losses = make_module(8)
-    shares = []
+    (module, batch, losses), shares = make_module(8), []
     for seed in (0, 1, 1):
         torch.manual_seed(seed)
         module.training_step(batch, 0)
-        labels, neighbour = losses[-1][0], batch["image"].roll(1, 0)
+        labels = losses[-1][0]
         share = float(labels[0, 0])
         close(labels, share * batch["label"] + (1 - share) * batch["label"].roll(1, 0))
-        close(module.network.images / 255, (share * batch["image"] + (1 - share) * neighbour) / 255)
+        close(module.network.images / 255, (share * batch["image"] + (1 - share) * batch["image"].roll(1, 0)) / 255)
         shares.append(share)
     assert shares[0] != shares[1] == shares[2] and 0 < min(shares) < 1
     validation_is_as_it_was(module, batch, losses)
@@ -208,8 +194,6 @@ def mixup():
 
 
 def no_restarts():
-    from models import SCHEDULES
-
     assert "one_cosine" in SCHEDULES
     for n in (1, 5, 70):
         optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1e-3)
@@ -223,15 +207,9 @@ def no_restarts():
         assert (np.diff(rates) < 0).all()
 
 
-# ---------------------------------------------------------------------------------------------- the network
-
-
 def gem_pooling():
-    from models import LeafNet
-
     torch.manual_seed(0)
-    network = LeafNet("resnet18")
-    kept = []
+    network, kept = LeafNet("resnet18"), []
     network.maps.register_forward_hook(lambda module, inputs, maps: kept.append(maps))
     logits = network(torch.randint(0, 256, (4, 64, 96, 3), dtype=torch.uint8))
     pooled = kept[0].float().clamp(min=1e-6).pow(3).mean((2, 3)).pow(1 / 3)
@@ -241,16 +219,15 @@ def gem_pooling():
 
 
 def weights_average():
-    module, batch, _ = make_module(8)
+    module, batch, losses = make_module(8)
     optimizer, average = torch.optim.SGD(module.network.parameters(), lr=1.0), None
+
+    def closure():
+        optimizer.zero_grad()
+        module.training_step(batch, 0).backward()
+        return losses[-1][1]
+
     for step in range(4):
-
-        def closure():
-            optimizer.zero_grad()
-            loss = module.training_step(batch, 0)
-            loss.backward()
-            return loss
-
         module.optimizer_step(0, step, optimizer, closure)
         now = module.network.answer.detach().clone()
         average = now if average is None else 0.99 * average + 0.01 * now
@@ -258,41 +235,31 @@ def weights_average():
     module.validation_step(batch, 0)
     close(module.validated[-1][1], average.softmax(1))
     module.last_validation = (np.arange(8), average.softmax(1).numpy())
-    state = module.state_dict()
-    checkpoint = {"state_dict": dict(state)}
+    checkpoint = {"state_dict": dict(module.state_dict())}
     module.on_save_checkpoint(checkpoint)
     assert list(checkpoint["state_dict"]) == ["network.answer"]  # what LeafNet holds and no more
     close(checkpoint["state_dict"]["network.answer"], average)
-    resumed, _, _ = make_module(8)
-    resumed.load_state_dict(state)  # as the point from which a fold continues has it
+    resumed = make_module(8)[0]
+    resumed.load_state_dict(module.state_dict())  # as the point from which a fold continues has it
     close(resumed.averaged.module.answer, average)
     close(resumed.network.answer, now)
     assert int(resumed.averaged.n_averaged) == 4
 
 
-# ---------------------------------------------------------------------------------------------- after the training
-
-
 def rank_blend():
-    import blend
-
-    ids, one, two = [f"Test_{i}" for i in range(50)], distributions(50, 1), distributions(50, 2)
+    ids, one, two = names("Test", 50), distributions(50, 1), distributions(50, 2)
     write("one.csv", ids, one)
     write("two.csv", ids[::-1], two[::-1])
     blend.main(Namespace(submissions=["one.csv", "two.csv"], output="mix.csv", limit=None))
-    mix = pd.read_csv("mix.csv")
-    ranks = [(of[:, None] >= of).sum(1) / 50 for of in (one, two)]
-    assert mix["image_id"].tolist() == ids
+    mix, ranks = pd.read_csv("mix.csv"), [(of[:, None] >= of).sum(1) / 50 for of in (one, two)]
     values = mix[list(CLASSES)].to_numpy()
+    assert mix["image_id"].tolist() == ids
     assert np.allclose(values, (ranks[0] + ranks[1]) / 2), "not the mean of the ranks"
     assert 0 < values.min() and values.max() <= 1
 
 
 def flip_tta():
-    import inference
-
-    photos = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), dtype=np.uint8)
-    seen = {}
+    photos, seen = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), dtype=np.uint8), {}
 
     def look(networks, dataset, keys, *others):
         seen.update({key: dataset[key]["image"].numpy() for key in keys})

@@ -1,5 +1,6 @@
 """compare.py: its figures, its intervals on simulated experiments, what it says of trainings and submissions."""
 
+import itertools
 import re
 import shutil
 
@@ -34,8 +35,7 @@ def true_auc(skill, spread):
     """The mean AUC of a variant on endless photos, over seeds whose skill spreads by a normal distribution."""
     nodes, shares = np.polynomial.hermite_e.hermegauss(7 if spread else 1)
     labels, misleading = draw_photos(np.random.default_rng(1), 40_000)
-    skills = [skill + spread * node for node in nodes]
-    runs = [simulate(np.random.default_rng(2), labels, misleading, of_seed) for of_seed in skills]
+    runs = [simulate(np.random.default_rng(2), labels, misleading, skill + spread * node) for node in nodes]
     return np.average([measure(labels, run, CLASSES)["mean AUC"][0] for run in runs], weights=shares)
 
 
@@ -70,11 +70,6 @@ def test_of_simulated_experiments_95_in_100_intervals_hold_the_true_difference(c
     assert not gain or said > 0.1  # and a difference is not always overlooked
 
 
-def test_an_interval_over_photos_alone_would_be_wrong_where_seeds_spread():
-    """The reason for several seeds: of two equal variants, single runs are often told apart."""
-    assert np.mean([bool(experiment(number, (1, 1), (2, 2), (0.4, 0.4), 200)) for number in range(500)]) > 0.15
-
-
 @pytest.mark.parametrize("sizes, spreads", [((2, 5), (0.6, 0.05)), ((1, 3), (0.2, 0.2))])
 def test_other_numbers_of_seeds_are_no_licence(sizes, spreads):
     """Welch's degrees of freedom; a side of one run is given few. 500 experiments without a difference."""
@@ -82,22 +77,22 @@ def test_other_numbers_of_seeds_are_no_licence(sizes, spreads):
     assert np.mean(said) <= 0.08  # 0.06, and what chance leaves in 500
 
 
-def test_figures_are_those_of_scikit_learn_also_where_scores_are_equal():
-    rng = np.random.default_rng(0)
-    labels, misleading = draw_photos(rng, 300)
-    for probabilities in (simulate(rng, labels, misleading, 1.5), simulate(rng, labels, misleading, 1.5).round(1)):
-        figures, one_hot = measure(labels, probabilities, CLASSES), np.eye(4)[labels]
-        expected = [mean_auc(one_hot, probabilities), *column_aucs(one_hot, probabilities)]
-        np.testing.assert_allclose([figures[name][0] for name in ("mean AUC", *CLASSES)], expected, atol=1e-12)
-        assert figures["wrong photos"][0] == (probabilities.argmax(1) != labels).sum()
-        of_label = np.maximum(probabilities[np.arange(len(labels)), labels], np.finfo(np.float32).tiny)
-        assert figures["log loss"][0] == pytest.approx(-np.log(of_label).mean())
+def test_an_interval_over_photos_alone_would_be_wrong_where_seeds_spread():
+    """The reason for several seeds: of two equal variants, single runs are often told apart."""
+    assert np.mean([bool(experiment(number, (1, 1), (2, 2), (0.4, 0.4), 200)) for number in range(500)]) > 0.15
 
 
-def test_a_resample_counts_photos_as_if_they_were_there_so_often():
+def test_figures_are_those_of_scikit_learn_also_of_equal_scores_and_of_photos_drawn_several_times():
     rng = np.random.default_rng(0)
     labels, misleading = draw_photos(rng, 200)
     probabilities, weights = simulate(rng, labels, misleading, 1.5), resample(labels, 20)
+    for scores in (probabilities, probabilities.round(1)):
+        figures, one_hot = measure(labels, scores, CLASSES), np.eye(4)[labels]
+        expected = [mean_auc(one_hot, scores), *column_aucs(one_hot, scores)]
+        np.testing.assert_allclose([figures[name][0] for name in ("mean AUC", *CLASSES)], expected, atol=1e-12)
+        assert figures["wrong photos"][0] == (scores.argmax(1) != labels).sum()
+        of_label = np.maximum(scores[np.arange(len(labels)), labels], np.finfo(np.float32).tiny)
+        assert figures["log loss"][0] == pytest.approx(-np.log(of_label).mean())
     figures = measure(labels, probabilities, CLASSES, weights)
     for row, counts in enumerate(weights.astype(int)):
         drawn = np.repeat(np.arange(len(labels)), counts)
@@ -133,8 +128,8 @@ def write_run(folder, seed, skill=2.2, n=400, folds=range(5), fold_seed=0, **opt
     table[["label", *CLASSES]] = np.column_stack([np.array(CLASSES, object)[labels[order]], probabilities])
     table[table["fold"].isin(folds)].to_csv(folder / "out_of_fold.csv", index=False)
     record = {"format": FORMAT, "source": f"of {skill}", "environment": {}, "result": {}}
-    record["options"] = {"seed": seed, "limit": None, **options}
-    record["fingerprints"] = {"models.py": str(skill), "train.csv": "0123"}
+    record |= {"options": {"seed": seed, "limit": None, **options}}
+    record |= {"fingerprints": {"models.py": str(skill), "train.csv": "0123"}}
     for number in folds:
         (folder / "metrics" / f"fold={number}").mkdir(parents=True)
         (folder / "metrics" / f"fold={number}.csv").write_text("epoch,seconds\n0,90\n1,60\n")
@@ -143,9 +138,10 @@ def write_run(folder, seed, skill=2.2, n=400, folds=range(5), fold_seed=0, **opt
 
 
 def change_record(folder, fold, **parts):
-    """Write or change some parts of the record of a fold."""
+    """Write or change some parts of the record of a fold; those that are None are left out."""
     path = folder / "metrics" / f"fold={fold}" / "hparams.yaml"
-    path.write_text(yaml.safe_dump((yaml.safe_load(path.read_text()) if path.exists() else {}) | parts))
+    parts = (yaml.safe_load(path.read_text()) if path.exists() else {}) | parts
+    path.write_text(yaml.safe_dump({name: part for name, part in parts.items() if part is not None}))
 
 
 def test_two_seeds_of_one_variant_are_not_told_apart_and_a_real_difference_is(tmp_path):
@@ -165,9 +161,8 @@ def test_two_seeds_of_one_variant_are_not_told_apart_and_a_real_difference_is(tm
     logs, again = (pd.read_csv(tmp_path / name / "out_of_fold.csv") for name in ("logs", "again"))
     before, after = (of[list(CLASSES)].to_numpy() for of in (logs, again))
     table = pd.read_csv(tmp_path / "out.csv").query("figure == 'mean AUC'").set_index(["runs", "against"])
-    auc = table.loc["logs"]["value"].item()
+    auc, row = table.loc["logs"]["value"].item(), table.loc["better", "logs"]
     assert auc == pytest.approx(mean_auc(pd.get_dummies(logs["label"]), before)) and f"{auc:.4f}" in done.stdout
-    row = table.loc["better", "logs"]
     assert 0 < row["low"] < row["difference"] < row["high"] and row["verdict"].startswith("better is better than logs")
     # the ten that moved most, and how many are decided differently
     order = np.argsort(-np.abs(before - after).sum(1), kind="stable")[:10]
@@ -197,7 +192,7 @@ def test_what_differs_is_read_of_each_fold_in_either_order(tmp_path, said):
     """A fold that was kept in spite of a change was not trained with what the last start has recorded."""
     write_run(tmp_path / "logs", 1)
     mixed = write_run(tmp_path / "mixed", 1)
-    (mixed / "hparams.yaml").write_bytes((mixed / "metrics" / "fold=0" / "hparams.yaml").read_bytes())
+    shutil.copy(mixed / "metrics" / "fold=0" / "hparams.yaml", mixed)
     for fold in (3, 4):
         change_record(mixed, fold, options={"seed": 1, "limit": None, "mixup": 0.4})
     text = said("logs", "mixed")
@@ -210,32 +205,35 @@ def test_what_differs_is_read_of_each_fold_in_either_order(tmp_path, said):
     write_run(tmp_path / "part", 2, folds=[3], mixup=0.4)  # of the folds that both have nothing else differs
     assert "part against mixed\nseed was 1, is 2\n" in said("mixed", "part")
     # while a fold is trained anew, its record is no longer of the predictions that are there
-    record = yaml.safe_load((mixed / "metrics" / "fold=4" / "hparams.yaml").read_text())
-    record.pop("result")
-    (mixed / "metrics" / "fold=4" / "hparams.yaml").write_text(yaml.safe_dump(record))
+    change_record(mixed, 4, result=None)
     assert "mixed/metrics/ lacks the record of a finished fold: what differs in its train" in said("logs", "mixed")
+    shutil.rmtree(write_run(tmp_path / "kept", 2) / "metrics")  # only the tables were kept
+    (tmp_path / "kept" / "folds.csv").unlink()
+    text = said("logs", "kept")
+    assert "kept/metrics/ lacks the record of a finished fold: what differs in its training is unknown" in text
+    assert re.search(r"^minutes of training +12.5 +-$", text, re.M)
 
 
 def test_only_the_photos_that_all_have_are_compared_and_other_folds_are_said(tmp_path, said):
-    for seed, (name, options) in enumerate({"logs": {}, "quick": {"folds": [0]}, "late": {"folds": [3]}}.items()):
-        write_run(tmp_path / name, seed, **options)
+    for seed, (name, folds) in enumerate({"logs": range(5), "quick": [0], "late": [3]}.items()):
+        write_run(tmp_path / name, seed, folds=folds)
     text = said("logs", "quick")
     assert "80 photos that all have, of 400" in text and "mean AUC by fold: 0: " in text
     assert re.search(r"^minutes of training +2.5 +2.5$", text, re.M)  # of the folds that are compared
-    expected = "no photo has been predicted by all of them (quick: fold 0; late: fold 3)"
-    assert expected in refusal(said, "quick", "late")
+    assert "no photo has been predicted by all of them (quick: fold 0; late: fold 3)" in refusal(said, "quick", "late")
     write_run(tmp_path / "stratified", 3, fold_seed=9)
     text = said("logs", "stratified")
     assert re.search(r"the folds are not the same \(\d+ photos are in another one\)", text) and "by fold:" not in text
 
 
-@pytest.mark.parametrize("labels, word", [("pseudo labels", "pseudo-labels"), ("soft labels", "weakly")])
-def test_flattered_figures_are_called_so(tmp_path, said, labels, word):
+def test_flattered_figures_are_called_so(tmp_path, said):
     write_run(tmp_path / "logs", 1)
-    change_record(write_run(tmp_path / "distilled", 2), 0, fingerprints={"models.py": "2.2", labels: "4567"})
-    text = said("logs", "distilled")
-    assert re.search(f"note: the figures of distilled are too good: .*{word}", text) and f"{labels}: changed" in text
-    assert "figures of logs are too good" not in text
+    distilled = write_run(tmp_path / "distilled", 2)
+    for labels, word in (("pseudo labels", "pseudo-labels"), ("soft labels", "weakly")):
+        change_record(distilled, 0, fingerprints={"models.py": "2.2", labels: "4567"})
+        text = said("logs", "distilled")
+        assert re.search(f"note: the figures of distilled are too good: .*{word}", text)
+        assert f"{labels}: changed" in text and "figures of logs are too good" not in text
 
 
 def rewrite(folder, old, new, count=-1):
@@ -250,7 +248,7 @@ FAULTS = {  # what is done to a training, what is said then
     "has the columns image_id,fold,x,healthy": lambda at: rewrite(at, "label", "x", 1),
     "other/out_of_fold.csv is damaged: not what train": lambda at: rewrite(at, "Train_7,", "Train_8,"),
     "other/out_of_fold.csv is damaged": lambda at: (at / "out_of_fold.csv").write_text(""),
-    "fold=1/hparams.yaml is of another version": lambda at: change_record(at, 1, format=None),
+    "fold=1/hparams.yaml is of another version": lambda at: change_record(at, 1, format=0),
     "other has other labels than logs, of Train_0 and 0 others": lambda at: rewrite(at, ",scab,", ",rust,", 1),
 }
 
@@ -284,19 +282,16 @@ def test_what_cannot_be_compared_is_refused_and_a_csv_never_takes_the_place_of_w
 
 def test_a_difference_is_not_claimed_where_nothing_can_be_known(tmp_path, said):
     """One photo of a class; a few photos; the very same predictions; one seed against two."""
-    for n in (1, 3):
-        for seed in (1, 2, 3):  # the first n photos of each class only
-            path = write_run(tmp_path / f"of_{n}_{seed}", seed, skill=seed) / "out_of_fold.csv"
-            pd.read_csv(path).groupby("label").head(n).to_csv(path, index=False)
+    for n, seed in itertools.product((1, 3), (1, 2, 3)):  # the first n photos of each class only
+        path = write_run(tmp_path / f"of_{n}_{seed}", seed, skill=seed) / "out_of_fold.csv"
+        pd.read_csv(path).groupby("label").head(n).to_csv(path, index=False)
     shutil.copytree(tmp_path / "of_1_1", tmp_path / "copy")
     text = said("of_1_1", "of_1_2")
     assert text.startswith("verdict: of_1_2 cannot be told apart from of_1_1: of a class there is only one photo that")
     assert re.search(r"^mean AUC +[+-]\d\.\d+ +unknown +unknown$", text, re.M)
     assert said("of_1_1", "copy").startswith("verdict: copy and of_1_1 hold the same predictions\n")
-    text = said("of_3_3", "--against", "of_3_1", "of_3_2")
-    assert text.startswith(
-        "verdict: of_3_3 cannot be told apart from of_3_1, of_3_2: there are too few photos or seeds\n"
-    )
+    expected = "verdict: of_3_3 cannot be told apart from of_3_1, of_3_2: there are too few photos or seeds\n"
+    assert said("of_3_3", "--against", "of_3_1", "of_3_2").startswith(expected)
     for words in ("of_3_1 of_3_2", "of_3_3 --against of_3_1 of_3_2", "of_3_1 of_3_2 --against of_3_3"):
         said(*words.split(), "--csv", "out.csv")
         table = pd.read_csv("out.csv").dropna(subset="against").set_index("figure")[["low", "high"]].abs()
@@ -304,20 +299,10 @@ def test_a_difference_is_not_claimed_where_nothing_can_be_known(tmp_path, said):
             assert (table.loc[figure] <= limit).all() or np.isinf(table.loc[figure]).all()
 
 
-def test_a_log_directory_of_which_only_the_tables_were_kept_can_be_compared(tmp_path, said):
-    write_run(tmp_path / "logs", 1)
-    write_run(tmp_path / "kept", 2)
-    shutil.rmtree(tmp_path / "kept" / "metrics")
-    (tmp_path / "kept" / "folds.csv").unlink()
-    text = said("logs", "kept")
-    assert "kept/metrics/ lacks the record of a finished fold: what differs in its training is unknown" in text
-    assert re.search(r"^minutes of training +12.5 +-$", text, re.M)
-
-
 def test_what_train_py_leaves_is_compared(two_folds, sample, tmp_path, said):
     """Two real trainings: other seeds, the same folds; the figure is the one that train.py has said."""
-    options = ["--folds", 0, 1, "--seed", 1, "--fold_seed", 2020, "--log_dir", tmp_path / "logs"]
-    done = run_script("train.py", "--data_dir", sample, *QUICK, *options, cwd=tmp_path)
+    options = ["--data_dir", sample, *QUICK, "--folds", 0, 1, "--seed", 1, "--fold_seed", 2020]
+    done = run_script("train.py", *options, cwd=tmp_path)
     auc = re.search(r"out-of-fold AUC of 17 photos: (0\.\d+)", done.stdout).group(1)
     text = said(str(two_folds / "logs"), "logs")
     assert "17 photos that all have, of 41" in text and "seed was 2020, is 1\n" in text

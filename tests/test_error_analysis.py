@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import time
 from html.parser import HTMLParser
 
 import cv2
@@ -14,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import QUICK, copy_recipe, edit, run_script, shared_folder
+from selenium import webdriver
+from selenium.webdriver.support.ui import WebDriverWait
 
 import models
 from analysis import figures
@@ -43,9 +44,9 @@ def analysed(trained, tmp_path_factory):
     def analyse(folder):
         leaves, images = trained / "leaves", folder / "data" / "images"
         shutil.copytree(leaves / "images", images)
-        labels = pd.read_csv(leaves / "train.csv").set_index("image_id").idxmax(axis=1)
-        labels.update(pd.read_csv(leaves / "wrong_labels.csv").set_index("image_id")["true_label"])
-        folds = pd.read_csv(trained / "logs" / "folds.csv").set_index("image_id")["fold"]
+        labels = pd.read_csv(leaves / "train.csv", index_col="image_id").idxmax(axis=1)
+        labels.update(pd.read_csv(leaves / "wrong_labels.csv", index_col="image_id")["true_label"])
+        folds = pd.read_csv(trained / "logs" / "folds.csv", index_col="image_id")["fold"]
         common, rng = ["healthy", "rust", "scab"], np.random.default_rng(3)
         candidates = labels[(folds[labels.index] == 0) & labels.isin(common)]
         wrong = candidates.sample(6, random_state=rng)
@@ -129,8 +130,7 @@ class Redness(torch.nn.Module):
         return F.avg_pool2d(images[:, [0, 2]], 32)
 
 
-@pytest.mark.parametrize("flips", ((), (0,), (1,), (0, 1)))
-def test_a_heat_map_lies_where_the_network_looked_and_is_not_mirrored(flips):
+def test_a_heat_map_lies_where_the_network_looked_and_is_not_mirrored():
     """What a training of minutes leaves is blurred; this network knows rust by its colour alone."""
     network = LeafNet("resnet18")
     network.backbone, network.bn, network.fc = Redness(), torch.nn.BatchNorm1d(2), torch.nn.Linear(2, len(CLASSES))
@@ -138,27 +138,26 @@ def test_a_heat_map_lies_where_the_network_looked_and_is_not_mirrored(flips):
     image, spot = np.full((128, 192, 3), 128, np.uint8), np.zeros((128, 192), bool)
     spot[32:64, 128:160] = True
     image[spot] = (200, 100, 40)
-    image, spot = np.flip(image, flips), np.flip(spot, flips)
-    heat = heat_maps(network, image[None], [CLASSES.index("rust")])[0]
-    assert spot.flat[heat.argmax()]
     near = cv2.dilate(spot.astype(np.uint8), np.ones((33, 33))).astype(bool)  # a map is drawn larger, and so smoother
-    assert heat[near].sum() > 0.9 * heat.sum()
+    for flips in ((), (0,), (1,), (0, 1)):
+        heat = np.flip(heat_maps(network, np.flip(image, flips)[None], [CLASSES.index("rust")])[0], flips)
+        assert spot.flat[heat.argmax()] and heat[near].sum() > 0.9 * heat.sum()
 
 
 def test_heat_maps_do_not_depend_on_folding(trained, monkeypatch):
     """That they are Grad-CAM is tested in test_timm.py."""
-    folded = load_trained(trained)
+    folded, photos = load_trained(trained), [trained / "leaves" / "images" / f"Test_{k}.jpg" for k in range(4)]
     monkeypatch.setattr(models, "fold_batch_norm", lambda module: None)
-    unfolded, names = load_trained(trained), pd.read_csv(trained / "leaves" / "test.csv")["image_id"][:4]
-    images = np.stack([load_photo(trained / "leaves" / "images" / f"{name}.jpg", (64, 96)) for name in names])
+    unfolded, images = load_trained(trained), np.stack([load_photo(path, (64, 96)) for path in photos])
     assert len(list(unfolded.parameters())) > len(list(folded.parameters()))
     maps = heat_maps(folded, images, range(4))
     assert maps.shape == (4, 64, 96) and maps.dtype == np.float32 and np.ptp(maps, axis=(1, 2)).min() > 0.99
     np.testing.assert_allclose(maps, heat_maps(unfolded, images, range(4)), atol=1e-4)
 
 
-def test_the_ranking_finds_planted_wrong_labels(analysed):
-    table, wrong = read_run(analysed)[0], pd.read_csv(analysed / "wrong.csv").set_index("image_id")["true_label"]
+def test_the_ranking_finds_planted_wrong_labels_and_near_duplicates_with_contradicting_labels_are_listed(analysed):
+    (table, page, printed), (original, twin) = read_run(analysed), (analysed / "twins.csv").read_text().split(",")
+    wrong = pd.read_csv(analysed / "wrong.csv", index_col="image_id")["true_label"]
     suspects = table[table["suspect"] != ""].assign(rank=lambda rows: rows["suspect"].astype(int)).sort_values("rank")
     assert suspects["rank"].tolist() == list(range(1, len(suspects) + 1))
     first = suspects.head(10)
@@ -167,6 +166,11 @@ def test_the_ranking_finds_planted_wrong_labels(analysed):
     assert (found["suspected_label"] == wrong[found["image_id"]].to_numpy()).mean() > 0.5
     assert (suspects["suspected_label"] != suspects["label"]).all()
     assert (table["suspected_label"] != "").tolist() == (table["suspect"] != "").tolist()
+
+    near, duplicates = table.set_index("image_id")["near_duplicates"], section(page, "duplicates")
+    assert near[near != ""].to_dict() == {original: twin, twin: original}
+    assert "1 pairs of near-duplicates (1 of contradicting labels, 0 in different folds)" in printed
+    assert original in duplicates and twin in duplicates and "Contradicting labels: 1" in duplicates
 
 
 def test_suspects_of_good_probabilities_are_wrong_labels_only():
@@ -199,32 +203,9 @@ def test_the_nearest_pairs_come_first():
     assert find_near_duplicates(hashes) == [(0, 2), (3, 4), (0, 1), (1, 2), (2, 3)]
 
 
-def test_near_duplicates_with_contradicting_labels_are_listed(analysed):
-    (table, page, printed), (original, twin) = read_run(analysed), (analysed / "twins.csv").read_text().split(",")
-    near, duplicates = table.set_index("image_id")["near_duplicates"], section(page, "duplicates")
-    assert near[near != ""].to_dict() == {original: twin, twin: original}
-    assert "1 pairs of near-duplicates (1 of contradicting labels, 0 in different folds)" in printed
-    assert original in duplicates and twin in duplicates and "Contradicting labels: 1" in duplicates
-
-
-def test_of_many_near_duplicates_the_nearest_are_shown_the_rest_is_counted_and_folds_leak(other):
-    table, page, printed = read_run(other)
-    n, duplicates = len(table), section(page, "duplicates")
-    leaks, contradictions = ((of[:, None] != of).sum() // 2 for of in table[["fold", "label"]].to_numpy().T)
-    counts = f"{n * (n - 1) // 2} pairs of near-duplicates ({contradictions} of contradicting labels, {leaks} in differ"
-    assert n > 10 and counts in printed
-    assert f"and {leaks} pairs of near-duplicates are in different folds" in page
-    assert duplicates.count("<li") == 2 * 3 and all(
-        f"{n - 3} more are in" in duplicates for n in (leaks, contradictions)
-    )
-    assert table["near_duplicates"].str.split("/").map(len).tolist() == [n - 1] * n
-    folds = pd.read_csv(other / "logs" / "folds.csv").set_index("image_id")["fold"]
-    assert table.set_index("image_id")["fold"].to_dict() == folds[folds.isin([0, 6])].to_dict()
-
-
-def test_the_table_holds_the_predictions_for_photos_that_the_network_has_not_seen(analysed, trained):
-    table, folds = read_run(analysed)[0], pd.read_csv(trained / "logs" / "folds.csv")
-    given = pd.read_csv(analysed / "data" / "train.csv")[folds["fold"] == 0]
+def test_the_table_holds_the_predictions_for_photos_not_seen_and_the_page_has_its_numbers(analysed, trained):
+    (table, page, printed), folds = read_run(analysed), pd.read_csv(trained / "logs" / "folds.csv")["fold"]
+    given = pd.read_csv(analysed / "data" / "train.csv")[folds == 0]
     assert table["image_id"].tolist() == given["image_id"].tolist() and (table["fold"] == 0).all()
     assert table["label"].tolist() == given[list(CLASSES)].idxmax(axis=1).tolist()
     images = [load_photo(analysed / "data" / "images" / f"{name}.jpg", (64, 96)) for name in table["image_id"]]
@@ -235,9 +216,6 @@ def test_the_table_holds_the_predictions_for_photos_that_the_network_has_not_see
     assert table["wrong"].tolist() == (table["predicted"] != table["label"]).tolist()
     np.testing.assert_allclose(table["loss"], [-np.log(row[row["label"]]) for _, row in table.iterrows()], atol=1e-3)
 
-
-def test_the_numbers_of_the_page_are_those_of_the_csv(analysed):
-    table, page, printed = read_run(analysed)
     photos = page_photos(page)
     for name in ("image_id", "fold", "label", "predicted", "wrong", "loss", *CLASSES, "suspected_label"):
         assert [photo[name] for photo in photos] == table[name].tolist()
@@ -258,9 +236,8 @@ def test_the_page_has_every_picture_and_needs_no_network(analysed):
 
     class Collector(HTMLParser):
         def handle_starttag(self, tag, attributes):
-            for name, value in attributes:
-                if name in found and tag != "use":
-                    found[name].append(value)
+            for name in {name for name, _ in attributes if tag != "use"} & set(found):
+                found[name].append(dict(attributes)[name])
 
     Collector().feed(page)
     n_worst, n_suspects = min(WORST, table["wrong"].sum()), min(WORST, (table["suspect"] != "").sum())
@@ -284,7 +261,7 @@ def test_examples_are_the_worst_errors_and_the_surest_successes():
     assert choose_examples(tabulate(train, np.zeros(5, int), out_of_fold), 2) == ([3, 2], [0, 1])
 
 
-def test_other_classes_and_folds_are_shown_like_the_usual_ones(other):
+def test_other_classes_and_folds_are_shown_like_the_usual_ones_and_of_many_near_duplicates_the_nearest(other):
     table, page, printed = read_run(other)
     assert "note: heat maps of 1 x 1 cells tell next to nothing" in printed and "Warning" not in printed
     assert "1 × 1 places" in page and 'class="warning"' in page
@@ -297,6 +274,17 @@ def test_other_classes_and_folds_are_shown_like_the_usual_ones(other):
     assert section(page, "quality").count("<br>") == 36 and ">absent: not defined</text>" in page
     for fold in (0, 6):
         assert page.count(f">fold {fold}</text>") == 3 and f"<option>{fold}</option>" in page
+    folds = pd.read_csv(other / "logs" / "folds.csv", index_col="image_id")["fold"]
+    assert table.set_index("image_id")["fold"].to_dict() == folds[folds.isin([0, 6])].to_dict()
+
+    n, duplicates = len(table), section(page, "duplicates")
+    leaks, contradictions = ((of[:, None] != of).sum() // 2 for of in table[["fold", "label"]].to_numpy().T)
+    counts = f"{n * (n - 1) // 2} pairs of near-duplicates ({contradictions} of contradicting labels, {leaks} in differ"
+    assert n > 10 and counts in printed
+    assert f"and {leaks} pairs of near-duplicates are in different folds" in page
+    assert duplicates.count("<li") == 2 * 3  # the rest is counted
+    assert all(f"{n - 3} more are in" in duplicates for n in (leaks, contradictions))
+    assert table["near_duplicates"].str.split("/").map(len).tolist() == [n - 1] * n
 
 
 def test_every_fold_has_a_line_and_a_colour_of_its_own_and_one_epoch_is_a_point():
@@ -318,8 +306,6 @@ def browser(tmp_path_factory):
     programs = shutil.which("chromium"), shutil.which("chromedriver")
     if None in programs and not os.environ.get("CI"):
         pytest.skip("no browser: apt-get install chromium chromium-driver")
-    from selenium import webdriver
-
     options = webdriver.ChromeOptions()
     options.binary_location = programs[0]
     flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
@@ -357,13 +343,6 @@ def find(page, selector):
 def listed(page):
     """The ids in the table, top to bottom."""
     return [cell.text for cell in page.find_elements("css selector", "#rows td.id")]
-
-
-def wait_until(condition):
-    end = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < end, "waited 5 seconds in vain"
-        time.sleep(0.05)
 
 
 def test_the_table_sorts_by_its_headers_with_the_keyboard_too(page, analysed):
@@ -422,11 +401,11 @@ def test_links_lead_from_a_suspect_to_its_row_and_from_there_to_its_heat_map(pag
     find(page, "#search").send_keys("nothing is called so")
     assert listed(page) == []
     find(page, f"#suspect-{suspect} h4 a").click()
-    wait_until(lambda: page.switch_to.active_element.get_attribute("id") == f"photo-{suspect}")
+    WebDriverWait(page, 5).until(lambda _: page.switch_to.active_element.get_attribute("id") == f"photo-{suspect}")
     assert len(listed(page)) == len(table)  # the filter that hid it is gone
     find(page, f"#photo-{worst} a[href='#heat-{worst}']").click()
     seen = "const box = arguments[0].getBoundingClientRect(); return box.top > -5 && box.top < innerHeight"
-    wait_until(lambda: page.execute_script(seen, find(page, f"#heat-{worst}")))
+    WebDriverWait(page, 5).until(lambda _: page.execute_script(seen, find(page, f"#heat-{worst}")))
 
 
 def test_the_page_fits_a_phone_in_the_dark_and_every_picture_is_decoded(page, tmp_path):
@@ -441,7 +420,7 @@ def test_the_page_fits_a_phone_in_the_dark_and_every_picture_is_decoded(page, tm
     assert brightness["light", 1280] > 150 > 80 > brightness["dark", 1280]
     run("arguments[0].scrollIntoView()", find(page, "#augmentation"))
     find(page, "a.up").click()  # from anywhere
-    wait_until(lambda: run("return scrollY") < 50)
+    WebDriverWait(page, 5).until(lambda _: run("return scrollY") < 50)
     assert run("return [...document.images].filter(image => !image.complete || !image.naturalWidth).length") == 0
     assert run("return document.images.length") > 40
     fields = "[...document.querySelectorAll('input, select, button')]"

@@ -21,7 +21,6 @@ DIFFS = {path.stem: path.read_text() for path in sorted((REPO / "experiments").g
 NAMES = """flip_tta gem_pooling grouped_folds label_smoothing mixup no_restarts pseudo_labels rank_blend rare_class_weight
 soft_labels_by_row stratified_folds weights_average""".split()
 TRAININGS = [name for name in NAMES if name not in ("flip_tta", "rank_blend")]
-EFFECTS = REPO / "tests" / "effects.py"
 
 
 def commands(name):
@@ -32,9 +31,15 @@ def commands(name):
 
 def count_lines(name):
     """The files that a diff edits: dict of name to the numbers of lines added and removed."""
-    counts = subprocess.run(["git", "apply", "--numstat"], input=DIFFS[name], cwd=REPO, text=True, capture_output=True)
-    rows = [line.split("\t") for line in counts.stdout.splitlines()]
-    return {file: (int(added), int(removed)) for added, removed, file in rows}
+    counts = run_git("--numstat", "-", input=DIFFS[name], cwd=REPO)
+    return {file: (int(added), int(removed)) for added, removed, file in map(str.split, counts.splitlines())}
+
+
+def run_git(*words, **options):
+    """What `git apply WORDS` prints; it must succeed."""
+    done = subprocess.run(["git", "apply", *words], text=True, capture_output=True, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="session")
@@ -45,18 +50,9 @@ def copy(tmp_path_factory):
         copy_recipe(folder / "repo")
         shutil.copy(REPO / "pyproject.toml", folder / "repo")
         outside = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder)}  # a repository around is none of ours
-        git = ["git", "apply", REPO / "experiments" / f"{name}.diff"]
-        done = subprocess.run(git, cwd=folder / "repo", env=outside, text=True, capture_output=True)
-        assert done.returncode == 0, done.stderr
+        run_git(REPO / "experiments" / f"{name}.diff", cwd=folder / "repo", env=outside)
 
     return lambda name: shared_folder(tmp_path_factory, f"with_{name}", lambda folder: fill(folder, name)) / "repo"
-
-
-# ---------------------------------------------------------------------------------------------- the diffs themselves
-
-
-def test_every_experiment_is_known_here():
-    assert list(DIFFS) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,34 +62,32 @@ def test_a_diff_is_small_applies_and_leaves_clean_code(name, copy):
     for file in counts:
         assert (copy(name) / file).read_text() != (REPO / file).read_text()
     for check in (["check"], ["format", "--check"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "ruff", *check, "."], cwd=copy(name), text=True, capture_output=True
-        )
+        ruff = [sys.executable, "-m", "ruff", *check, "."]
+        done = subprocess.run(ruff, cwd=copy(name), text=True, capture_output=True)
         assert done.returncode == 0, done.stdout + done.stderr
     assert max(map(len, DIFFS[name].split("\ndiff --git ")[0].splitlines())) <= 120
 
 
-def test_the_commands_of_the_headers_can_be_typed(tmp_path):
+def test_the_commands_of_the_headers_can_be_typed_and_the_table_of_the_page_agrees_with_the_diffs(tmp_path):
+    assert list(DIFFS) == NAMES
     options, log_dirs = {}, []
     for name in NAMES:
         typed = commands(name)
         assert ["git", "apply", f"experiments/{name}.diff"] in typed
         assert any(words[:2] == ["python", "compare.py"] for words in typed)
         for words in typed:
-            if words[0] == "python" and (REPO / words[1]).exists():
-                script = words[1]
+            script = words[1]
+            if words[0] == "python" and (REPO / script).exists():
                 if script not in options:
                     options[script] = set(re.findall(r"--\w+", run_script(script, "--help", cwd=tmp_path).stdout))
                 assert {word for word in words if word.startswith("--")} <= options[script], words
             else:
-                assert words[0] in ("git", "cp") or words[1] == "compare.py", words
-            if words[1] == "train.py":
+                assert words[0] in ("git", "cp") or script == "compare.py", words
+            if script == "train.py":
                 log_dirs.append(words[words.index("--log_dir") + 1])
     assert {"train.py", "blend.py", "generate_soft_labels.py"} <= set(options)
     assert len(set(log_dirs)) == len(log_dirs) == len(TRAININGS) and not {"logs", "logs_submit_distill"} & set(log_dirs)
 
-
-def test_the_table_of_the_page_agrees_with_the_diffs():
     page = (REPO / "docs" / "experiments.md").read_text()
     rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| [")]
     found = {re.search(r"\(\.\./experiments/(\w+)\.diff\)", cells[0])[1]: cells for cells in rows}
@@ -105,13 +99,10 @@ def test_the_table_of_the_page_agrees_with_the_diffs():
         assert cells[2].strip() == f"+{added} −{removed}", name
 
 
-# ---------------------------------------------------------------------------------------------- what they change
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_effect_is_there_with_the_diff_and_only_with_it(name, copy, tmp_path):
-    run_script(str(EFFECTS), name, cwd=tmp_path, PYTHONPATH=str(copy(name)))
-    plain = run_script(str(EFFECTS), name, cwd=tmp_path, PYTHONPATH=str(REPO), check=False)
+    run_script("tests/effects.py", name, cwd=tmp_path, PYTHONPATH=str(copy(name)))
+    plain = run_script("tests/effects.py", name, cwd=tmp_path, PYTHONPATH=str(REPO), check=False)
     assert plain.returncode == 1 and "AssertionError" in plain.stderr, plain.stderr
 
 
@@ -120,10 +111,10 @@ def plain(sample, tmp_path_factory):
     """A folder with what the experiments read, and one fold trained by the recipe as it stands, on hard and soft labels."""
 
     def fill(folder):
-        rng, classes = np.random.default_rng(0), list(CLASSES)
+        rng = np.random.default_rng(0)
         for name, output in (("train", "soft_labels.csv"), ("sample_submission", "submission.csv")):
             frame = pd.read_csv(sample / f"{name}.csv")
-            frame[classes] = rng.dirichlet(np.ones(4), len(frame))
+            frame[list(CLASSES)] = rng.dirichlet(np.ones(4), len(frame))
             frame.to_csv(folder / output, index=False)
         near = pd.read_csv(sample / "train.csv")[["image_id"]].assign(near_duplicates="")
         near.loc[:1, "near_duplicates"] = near["image_id"][[1, 0]].to_numpy()
@@ -141,8 +132,7 @@ def train(repo, sample, cwd, options, epochs=2, **settings):
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_training_with_the_diff_is_another_one(name, copy, plain, sample, tmp_path):
-    work = tmp_path / "work"
-    shutil.copytree(plain, work)
+    work = shutil.copytree(plain, tmp_path / "work")
     (words,) = [words for words in commands(name) if words[1] == "train.py"]
     options = words[words.index("1") + 1 :]  # without the batch and the GPUs
     epochs = 2 if name == "no_restarts" else 1
@@ -164,19 +154,18 @@ def test_a_training_with_the_diff_is_another_one(name, copy, plain, sample, tmp_
     assert (recorded["the photos"] == usual["the photos"]) == (name != "pseudo_labels")
     weights = [torch.load(next(of.glob("fold=0-epoch*.ckpt")))["state_dict"] for of in (before, logs)]
     assert set(weights[1]) - set(weights[0]) == ({"network.p"} if name == "gem_pooling" else set())
-
     if name == "no_restarts":
         assert read(logs, "metrics/fold=0.csv")["lr"].tolist() == pytest.approx([1e-3, 5.05e-4])
     if name == "grouped_folds":
         assert folds["fold"][0] == folds["fold"][1]
     if name in ("weights_average", "pseudo_labels"):  # step 2 reads the folds, and makes the same of the checkpoint
-        script = str(copy(name) / "generate_soft_labels.py")
-        run_script(script, "--log_dir", logs, "--folds", 0, "--num_workers", 0, cwd=work)
+        step_2 = [str(copy(name) / "generate_soft_labels.py"), "--log_dir", logs]
+        run_script(*step_2, "--folds", 0, "--num_workers", 0, cwd=work)
         soft = read(work, "soft_labels-folds=0.csv")
         seen = read(logs, "out_of_fold.csv").set_index("image_id").loc[soft["image_id"], list(CLASSES)]
         np.testing.assert_allclose(seen, soft[list(CLASSES)], atol=1e-5)
     if name == "pseudo_labels":
-        assert "53 photos, 41 of them in 5 folds" in said
+        assert "53 photos, 41 in 5 folds" in said
         assert recorded["pseudo labels"] == sha256((plain / "submission.csv").read_bytes()).hexdigest()
         assert set(recorded) - set(usual) == {"pseudo labels"}
         (work / "submission-folds=0.csv").rename(work / "submission.csv")  # what step 2 has made of the new networks
