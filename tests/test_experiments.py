@@ -1,6 +1,5 @@
 """experiments/: each diff applies, is small and clean, says how to run it, and has the effect that effects.py asserts."""
 
-import os
 import re
 import shlex
 import shutil
@@ -49,8 +48,9 @@ def copy(tmp_path_factory):
     def fill(folder, name):
         copy_recipe(folder / "repo")
         shutil.copy(REPO / "pyproject.toml", folder / "repo")
-        outside = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder)}  # a repository around is none of ours
-        run_git(REPO / "experiments" / f"{name}.diff", cwd=folder / "repo", env=outside)
+        subprocess.run(["git", "init", "-q"], cwd=folder, check=True)  # where `git apply` would do nothing
+        patch = ["patch", "-p1", "-F0", "-i", REPO / "experiments" / f"{name}.diff"]
+        subprocess.run(patch, cwd=folder / "repo", check=True)
 
     return lambda name: shared_folder(tmp_path_factory, f"with_{name}", lambda folder: fill(folder, name)) / "repo"
 
@@ -73,7 +73,7 @@ def test_the_commands_of_the_headers_can_be_typed_and_the_table_of_the_page_agre
     options, log_dirs = {}, []
     for name in NAMES:
         typed = commands(name)
-        assert ["git", "apply", f"experiments/{name}.diff"] in typed
+        assert ["patch", "-p1", "-i", f"experiments/{name}.diff"] in typed
         assert any(words[:2] == ["python", "compare.py"] for words in typed)
         for words in typed:
             script = words[1]
@@ -82,7 +82,7 @@ def test_the_commands_of_the_headers_can_be_typed_and_the_table_of_the_page_agre
                     options[script] = set(re.findall(r"--\w+", run_script(script, "--help", cwd=tmp_path).stdout))
                 assert {word for word in words if word.startswith("--")} <= options[script], words
             else:
-                assert words[0] in ("git", "cp") or script == "compare.py", words
+                assert words[0] in ("patch", "cp") or script == "compare.py", words
             if script == "train.py":
                 log_dirs.append(words[words.index("--log_dir") + 1])
     assert {"train.py", "blend.py", "generate_soft_labels.py"} <= set(options)

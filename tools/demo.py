@@ -20,7 +20,8 @@ from utils import CLASSES, mean_auc
 REPO = Path(__file__).parent.parent
 FOLDER = REPO / "demo"
 SAMPLE = "-m tools.generate_sample_data --out sample --n_train 200 --n_test 100"
-TRAIN = "../train.py --data_dir sample --weights none --image_size 64 96 --max_epochs 5 --train_batch_size 8 --fresh"
+SMALL = "--data_dir sample --weights none --image_size 64 96 --max_epochs 5 --train_batch_size 8 --keep_checkpoints 1"
+TRAIN = f"../train.py {SMALL} --fresh"
 DISTILL = f"{TRAIN} --soft_labels_filename soft_labels.csv --log_dir logs_submit_distill"
 STEPS = (TRAIN, "../generate_soft_labels.py", DISTILL, "../generate_distilled_submission.py", "../blend.py")
 
