@@ -1,6 +1,6 @@
 """What several tests share: rendered data sets, a trained fold, and ways to run a script as a user does.
 
-All tests run on the CPU, also where there are GPUs. Under `pytest -n 2` each process computes with one thread.
+All tests run on the CPU, also where there are GPUs. Under `pytest -n 3` each process computes with one thread.
 """
 
 import atexit

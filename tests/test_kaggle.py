@@ -113,27 +113,27 @@ def test_files_that_cannot_be_packed_are_refused(tmp_path, monkeypatch):
 
 
 def test_only_packages_that_are_missing_or_of_a_wrong_version_are_installed(tmp_path, monkeypatch):
-    """Nor is a second build of OpenCV, of whatever version: it would break the one that is there."""
+    installed = {"torch": "2.10.0+cu126", "numpy": "2.0.2", "opencv-python-headless": "5.0.0.1", "six": "1.16"}
 
     def version(name):
-        installed = {"torch": "2.10.0+cu126", "numpy": "2.0.2", "tqdm": "4.1", "six": "1.16"}
         if name not in installed:
             raise kaggle.PackageNotFoundError(name)
         return installed[name]
 
-    commands, values = [], {"version": version, "REPO": tmp_path, "INPUT": tmp_path, "find_spec": lambda name: None}
-    for name, value in {**values, "run": commands.append}.items():
+    commands = []
+    for name, value in (("version", version), ("run", commands.append), ("REPO", tmp_path), ("INPUT", tmp_path)):
         monkeypatch.setattr(kaggle, name, value)
     lines = ["matplotlib>=3.9", "cleanlab", "torch>=2.6   # a comment", "numpy>=2.0,<3", "six == 1.16.0", "pandas"]
-    (tmp_path / "requirements.txt").write_text("\n".join([*lines, "tqdm>=4.66", "opencv-python-headless<5,>=4.11"]))
+    (tmp_path / "requirements.txt").write_text("\n".join([*lines, "opencv-python-headless<5,>=4.11"]))
     kaggle.install()
-    assert commands[0][4:] == ["--quiet", "pandas", "tqdm>=4.66", "opencv-python-headless<5,>=4.11"]
+    assert commands[0][4:] == ["--quiet", "pandas", "opencv-python-headless<5,>=4.11"]
     (tmp_path / "wheels").mkdir()
     (tmp_path / "wheels" / "pandas-3-py3-none-any.whl").touch()  # where there is no internet
-    monkeypatch.setattr(kaggle, "find_spec", {"cv2": "OpenCV"}.get)
+    del installed["opencv-python-headless"]
+    installed["opencv-python"] = "4.12.0.88"  # a second build of OpenCV beside it would break both
     kaggle.install()
     wheels = ["--no-index", f"--find-links={tmp_path / 'wheels'}"]
-    assert commands[1][4:] == ["--quiet", *wheels, "pandas", "tqdm>=4.66"]
+    assert commands[1][4:] == ["--quiet", *wheels, "pandas"]
 
 
 def test_attached_weights_are_used_and_missing_data_is_said(tmp_path, monkeypatch):

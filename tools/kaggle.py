@@ -21,7 +21,6 @@ import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -107,13 +106,14 @@ def install():
 
 
 def is_there(package):
-    """Whether what is installed meets a Requirement: for OpenCV any build does, as a second one would break both."""
-    if package.name.startswith("opencv-"):
-        return find_spec("cv2") is not None
-    try:
-        return package.specifier.contains(version(package.name), prereleases=True)
-    except PackageNotFoundError:
-        return False
+    """Whether what is installed meets a Requirement; any build of OpenCV is taken for ours, as two break each other."""
+    builds = [f"opencv-{kind}" for kind in ("python-headless", "python", "contrib-python", "contrib-python-headless")]
+    for name in builds if package.name in builds else [package.name]:
+        try:
+            return package.specifier.contains(version(name), prereleases=True)
+        except PackageNotFoundError:
+            continue
+    return False
 
 
 def run(command):
@@ -123,9 +123,8 @@ def run(command):
     while process.poll() is None:
         if time.monotonic() > STARTED + PACKED["hours"] * 3600:
             os.killpg(process.pid, signal.SIGKILL)
-            print(
-                f"The session is nearly over. To go on: python -m tools.kaggle NAME --session {PACKED['session'] + 1}"
-            )
+            following = f"python -m tools.kaggle NAME --session {PACKED['session'] + 1}"
+            print(f"The session is nearly over. To go on: {following}")
             raise SystemExit(0)
         time.sleep(0.2)
     if process.returncode:
