@@ -8,8 +8,8 @@ Expect  0.98354 public and 0.98253 private at Kaggle (published).
 """
 
 from harness.console import Parser, file_or_folder, parse_args, positive, say
-from harness.files import read_table, write_csv
-from utils import CLASSES, distribution, output_name
+from harness.files import read_table
+from utils import CLASSES, distribution, output_name, write_submission
 
 
 def main(args):
@@ -25,7 +25,7 @@ def main(args):
             what = f"note: {path}: {len(problems)} rows, where the first {problems[0]}"
             say(f"{what}; blended all the same: for an AUC only the order counts, and the larger scale decides")
     mix[classes] = sum(table / len(tables) for table in tables)
-    write_csv(output, mix)
+    write_submission(output, mix)
     say(f"wrote {output}: the mean of {' and '.join(submissions)}, {len(mix)} rows")
 
 

@@ -12,7 +12,7 @@ Expect  a verdict; the figures of each training; how it was trained differently 
 """
 
 from harness.console import Parser, file_or_folder, parse_args
-from utils import CLASSES
+from utils import CLASSES, decide, name_labels
 
 
 def make_comparison_parser():
@@ -58,7 +58,7 @@ def print_table(rows):
 
 
 def mean_auc(labels, scores):
-    """The mean column-wise AUC, nan if it is undefined: labels int (n,), scores float (n, k)."""
+    """The mean column-wise AUC, nan if it is undefined: labels bool (n, k), scores float (n, k)."""
     return measure(labels, scores, CLASSES)["mean AUC"][0]
 
 
@@ -78,7 +78,7 @@ def give_verdict(labels, variants, found):
         return f"{second} and {first} hold the same predictions"
     what = f"{second} cannot be told apart from {first}"
     if np.isinf(found.high):
-        alone = 1 in np.unique(labels, return_counts=True)[1]
+        alone = 1 in labels.sum(0)
         why = "of a class there is only one photo that all have" if alone else "there are too few photos or seeds"
         return f"{what}: {why}"
     if found:
@@ -124,14 +124,16 @@ def print_by_fold(labels, variants):
 def print_moves(labels, variants):
     """Print how many photos are decided differently, and those whose probabilities differ most."""
     before, after = (np.mean([run.probabilities for run in runs], axis=0) for runs in variants)
-    was, now = before.argmax(1), after.argmax(1)
-    n, better, worse = ((now != was) & of for of in (True, now == labels, was == labels))
-    print(f"decided differently: {n.sum()} photos, {better.sum()} of them now right, {worse.sum()} now wrong")
+    was, now = decide(before), decide(after)
+    was_right, now_right, names = (was == labels).all(1), (now == labels).all(1), map(name_labels, (labels, was, now))
+    n, better, worse = (was != now).any(1).sum(), (now_right & ~was_right).sum(), (was_right & ~now_right).sum()
+    print(f"decided differently: {n} photos, {better} of them now right, {worse} now wrong")
     rows = [["moved most", "label", "its probability", "prediction"]]
+    table = list(zip(variants[0][0].image_ids, *names, strict=True))
     for row in np.argsort(-np.abs(after - before).sum(1), kind="stable")[:SHOWN]:
-        label, decided = labels[row], CLASSES[was[row]] + (f" → {CLASSES[now[row]]}" if was[row] != now[row] else "")
-        share = f"{before[row, label]:.3f} → {after[row, label]:.3f}"
-        rows.append([variants[0][0].image_ids[row], CLASSES[label], share, decided])
+        image_id, label, first, second = table[row]
+        share = ", ".join(f"{before[row, k]:.3f} → {after[row, k]:.3f}" for k in np.flatnonzero(labels[row]))
+        rows.append([image_id, label, share, first + (f" → {second}" if first != second else "")])
     print_table(rows)
 
 
@@ -143,7 +145,7 @@ def compare_trainings(paths, against):
     if len(names) < 2:
         raise InputError("name two log directories or more")
     runs, labels = check_same_photos([read_run(name, CLASSES) for name in names])
-    if len(set(labels)) < 2:
+    if (labels == labels[0]).all():
         raise InputError(f"the {len(labels)} photos that all have are of one class: there is nothing to rank")
     groups = [runs[: len(against)], runs[len(against) :]] if against else [[run] for run in runs]
     for one, other in (pair for group in groups for pair in combinations(group, 2)):
@@ -189,8 +191,8 @@ def compare_submissions(path, against):
         ranks = [table[name].rank() for table in (ours, theirs)]
         figures[f"rank correlation, {name}"] = np.nan if 0 in np.std(ranks, axis=1) else np.corrcoef(ranks)[0, 1]
     figures["photos with the same class first"] = (a.argmax(1) == b.argmax(1)).sum()
-    figures["AUC of the first, if the second decides right"] = mean_auc(b.argmax(1), a)
-    figures["AUC of the second, if the first decides right"] = mean_auc(a.argmax(1), b)
+    figures["AUC of the first, if the second decides right"] = mean_auc(decide(b), a)
+    figures["AUC of the second, if the first decides right"] = mean_auc(decide(a), b)
     for name, scores in (("first", a), ("second", b)):
         figures[f"largest value of the {name}"] = scores.max()
         figures[f"mean of each photo's largest, of the {name}"] = scores.max(1).mean()

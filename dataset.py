@@ -3,7 +3,6 @@
 import os
 import random
 import zlib
-from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or its import asks the network for a newer version of itself
 
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from harness.files import read_table
 from harness.photos import cache_images, read_photo
-from utils import CLASSES, derive_seed, distribution, one_hot
+from utils import CLASSES, derive_seed, distribution, read_labels, read_test_ids
 
 cv2.setNumThreads(0)  # OpenCV's threads would fight the loader's workers for the cores
 
@@ -23,11 +22,11 @@ cv2.setNumThreads(0)  # OpenCV's threads would fight the loader's workers for th
 
 
 def read_train(args):
-    """train.csv: DataFrame with image_id and the four one-hot columns; with --limit a stratified part of its rows.
+    """train.csv: DataFrame with image_id and one 0/1 column per class; with --limit a stratified part of its rows.
 
     Its index is the row number in train.csv.
     """
-    train = read_table(Path(args.data_dir) / "train.csv", ("image_id", *CLASSES), rule=one_hot)
+    train = read_labels(args.data_dir)
     if args.limit is None or args.limit >= len(train):
         return train
     # the same share of each class, and no class without a photo: the photos in turn, the rarest class first
@@ -37,13 +36,13 @@ def read_train(args):
 
 
 def read_soft_labels(args, path, image_ids):
-    """Soft labels, float64 (n, 4), joined by image_id, not by row; with --limit the file may hold those of others, too."""
+    """Soft labels, float64 (n, k), joined by image_id, not by row; with --limit the file may hold those of others, too."""
     how = {"rule": distribution, "wanted": image_ids, "may_hold_more": args.limit is not None}
     return read_table(path, ("image_id", *CLASSES), hint="run step 2 first", **how)[list(CLASSES)].to_numpy()
 
 
 def mix_labels(hard, soft, soft_share):
-    """(1 - soft_share) x hard + soft_share x soft labels: two (n, 4) arrays in the same row order → float32 (n, 4)."""
+    """(1 - soft_share) x hard + soft_share x soft labels: two (n, k) arrays in the same row order → float32 (n, k)."""
     return ((1 - soft_share) * hard + soft_share * soft).astype(np.float32)
 
 
@@ -63,14 +62,6 @@ def cached_photos(args, name, image_ids):
     """The photos `image_ids` as the network sees them, decoded once: CachedImages. name: "train" or "test"."""
     name += "" if args.limit is None else f"-limit={args.limit}"
     return cache_images(name, image_ids, args.data_dir, args.image_size, args.cache_dir, fit_photo)
-
-
-def read_test_ids(data_dir):
-    """The image_ids to predict, Series of str, in the row order of sample_submission.csv; test.csv must have the same."""
-    hint = "it lists the photos to predict: image_id, and any number for each class, as in the competition's data"
-    image_ids = read_table(Path(data_dir) / "sample_submission.csv", ("image_id", *CLASSES), hint=hint)["image_id"]
-    read_table(Path(data_dir) / "test.csv", ("image_id",), wanted=image_ids)
-    return image_ids
 
 
 def read_test(args):
@@ -141,7 +132,7 @@ def train_augmentation():
 class LeafDataset(Dataset):
     """Photos, and their labels if known. Its keys are (fold, draw, row): the draw is the epoch, or the pass of a TTA.
 
-    images: indexable, row → uint8 (height, width, 3); labels: (n, 4) float or None. With `augmentation`, what a photo
+    images: indexable, row → uint8 (height, width, 3); labels: (n, k) float or None. With `augmentation`, what a photo
     looks like depends on seed, fold, draw and image_id alone: not on the workers, nor on what was drawn before.
     """
 

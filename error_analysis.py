@@ -11,7 +11,7 @@ Expect  the out-of-fold AUC, the number of errors, suspects and near-duplicates.
 """
 
 from harness.console import parse_args, positive
-from utils import CLASSES, column_aucs, make_prediction_parser, mean_auc
+from utils import CLASSES, make_prediction_parser
 
 
 def make_analysis_parser():
@@ -35,7 +35,6 @@ from cleanlab.filter import find_label_issues
 from jinja2 import Environment, FileSystemLoader
 from joblib import cpu_count
 from PIL import Image
-from sklearn.metrics import confusion_matrix
 from tqdm import tqdm
 
 from analysis import figures
@@ -46,6 +45,7 @@ from harness.files import atomic_write, check_writable, write_csv
 from harness.photos import photo_paths, read_photo
 from harness.record import read_folds, read_own_csv
 from inference import load_trained, predict, predict_out_of_fold, tta_views
+from utils import column_aucs, decide, log_losses, mean_auc, name_labels, parse_labels
 
 THUMBNAIL = 120  # longest side in pixels: there is one of every photo
 CONFIDENT = 2  # right and most certain photos of each class that get heat maps
@@ -55,24 +55,18 @@ NEAR_DUPLICATE = 8  # bits of 64 in which the perceptual hashes of near-duplicat
 
 
 def tabulate(train, folds, out_of_fold):
-    """One row per photo: image_id, fold, label, predicted, wrong, loss (-log of the label's probability), probabilities.
+    """One row per photo: image_id, fold, label, predicted, wrong, loss (as of log_losses), probabilities.
 
     train: DataFrame of train.csv; folds: int (n,); out_of_fold: DataFrame with image_id and the probabilities of all or
     some of these photos, in the order of train.csv.
     """
-    classes = list(CLASSES)
-    table = train[["image_id"]].assign(fold=folds, label=train[classes].idxmax(axis=1))
+    table = train[["image_id"]].assign(fold=folds, label=name_labels(train[list(CLASSES)]))
     table = table.merge(out_of_fold, on="image_id", validate="one_to_one")
-    of_label = table[classes].to_numpy()[np.arange(len(table)), class_numbers(table["label"])]
-    table.insert(3, "predicted", table[classes].idxmax(axis=1))
+    probabilities = table[list(CLASSES)].to_numpy()
+    table.insert(3, "predicted", name_labels(decide(probabilities)))
     table.insert(4, "wrong", table["predicted"] != table["label"])
-    table.insert(5, "loss", -np.log(np.maximum(of_label, np.finfo(np.float32).tiny)))
+    table.insert(5, "loss", log_losses(parse_labels(table["label"]), probabilities))
     return table
-
-
-def class_numbers(names):
-    """The class numbers, int (n,), of n class names."""
-    return np.array([CLASSES.index(name) for name in names])
 
 
 # ---------------------------------------------------------------------------------------------- suspects
@@ -81,11 +75,14 @@ def class_numbers(names):
 def find_suspects(labels, probabilities):
     """Row numbers of the labels that look wrong, most suspect first: confident learning (arXiv 1911.00068).
 
-    labels: int (n,); probabilities: out-of-fold (n, k). How many there are is estimated from how often the networks
+    labels: bool (n, k); probabilities: out-of-fold (n, k). How many there are is estimated from how often the networks
     are surer of another class than they usually are of it; the order is by that margin, adjusted for rare classes.
     """
     ranking = {"return_indices_ranked_by": "normalized_margin", "rank_by_kwargs": {"adjust_pred_probs": True}}
-    return find_label_issues(labels, probabilities, filter_by="low_normalized_margin", n_jobs=1, **ranking)
+    several = bool((labels.sum(1) != 1).any())  # then each class is a question of its own
+    given = [np.flatnonzero(row).tolist() for row in labels] if several else labels.argmax(1)
+    how = {"filter_by": "low_normalized_margin", "n_jobs": 1, "multi_label": several}
+    return find_label_issues(given, probabilities, **how, **ranking)
 
 
 def hash_photo(photo):
@@ -112,11 +109,11 @@ def find_near_duplicates(hashes):
 
 def add_suspicions(table, hashes):
     """Add the columns suspect (rank from 1, or empty), suspected_label and near_duplicates. Returns the pairs."""
-    probabilities, labels = table[list(CLASSES)].to_numpy(), class_numbers(table["label"])
+    probabilities, labels = table[list(CLASSES)].to_numpy(), parse_labels(table["label"])
     suspects = find_suspects(labels, probabilities)
     rank = pd.Series(range(1, len(suspects) + 1), index=suspects, dtype="Int64")
     table["suspect"] = rank.reindex(table.index)
-    others = np.where(np.eye(len(CLASSES), dtype=bool)[labels], -1, probabilities)
+    others = np.where(labels, -1, probabilities)
     table["suspected_label"] = np.where(table["suspect"].notna(), np.array(CLASSES)[others.argmax(1)], "")
     pairs = find_near_duplicates(hashes)
     twins = {row: [] for row in table.index}
@@ -139,21 +136,23 @@ def look_at(path):
 def choose_examples(table, worst):
     """Row numbers: the `worst` wrong photos of highest loss, and the most certain right ones of each class in turn."""
     wrong, right = table[table["wrong"]], table[~table["wrong"]]
-    confident = [right[right["label"] == name].nsmallest(CONFIDENT, "loss").index.tolist() for name in CLASSES]
+    of_class = parse_labels(right["label"]).T
+    confident = [right[chosen].nsmallest(CONFIDENT, "loss").index.tolist() for chosen in of_class]
     return wrong.nlargest(worst, "loss").index.tolist(), sum(confident, [])
 
 
 def explain(path, entry, network, image_size):
-    """A photo and its heat maps for its label and, if that is another one, the predicted class: dict of data URIs.
+    """A photo and its heat maps for its label and, if that is another one, the predicted class, as data URIs.
 
-    entry: its row of the table; network: of its fold, which has not seen it.
+    entry: its row of the table; network: of its fold, which has not seen it. Returns a dict: photo; maps, a list of
+    (class, whether it is a label, data URI).
     """
-    photo, about = read_photo(path), ["label", "predicted"] if entry["wrong"] else ["label"]
-    images = np.stack([fit_photo(photo, image_size)] * len(about))
-    maps = heat_maps(network, images, class_numbers(entry[about]))
+    photo, (label, predicted) = read_photo(path), parse_labels(entry[["label", "predicted"]])
+    about = [*np.flatnonzero(label), *np.flatnonzero(predicted & ~label)]
+    maps = heat_maps(network, np.stack([fit_photo(photo, image_size)] * len(about)), about) if about else ()
     small = shrink(photo)
-    pictures = [data_uri(picture) for picture in (small, *(overlay(small, heat) for heat in maps))]
-    return dict(zip(["photo", *about], pictures, strict=True))
+    uris = [data_uri(overlay(small, heat)) for heat in maps]
+    return {"photo": data_uri(small), "maps": [(CLASSES[k], label[k], uri) for k, uri in zip(about, uris, strict=True)]}
 
 
 def show_least_certain(args, table, paths, networks):
@@ -176,7 +175,7 @@ def show_least_certain(args, table, paths, networks):
 
 def draw_charts(table, aucs, metrics, best):
     """All curves of the page, dict of name to SVG. aucs: float (k,); metrics, best: as of figures.draw_epochs."""
-    labels, probabilities = class_numbers(table["label"]), table[list(CLASSES)].to_numpy()
+    labels, probabilities = parse_labels(table["label"]), table[list(CLASSES)].to_numpy()
     return {
         "roc": figures.draw_roc(labels, probabilities, aucs),
         "reliability": figures.draw_reliability(labels, probabilities),
@@ -203,7 +202,7 @@ def main(args):
     train = read_train(args).reset_index(drop=True)
     folds = read_folds(args.log_dir, train["image_id"])
     table = tabulate(train, folds, predict_out_of_fold(args, train, folds, networks))
-    labels, probabilities = np.eye(len(CLASSES))[class_numbers(table["label"])], table[list(CLASSES)]
+    labels, probabilities = parse_labels(table["label"]), table[list(CLASSES)].to_numpy()
     auc, aucs = mean_auc(labels, probabilities), column_aucs(labels, probabilities)
 
     paths = photo_paths(Path(args.data_dir) / "images", table["image_id"])
@@ -228,7 +227,7 @@ def main(args):
     rows = table.assign(row=table.index, thumbnail=thumbnails).astype(object).replace({np.nan: None})
     page |= {"photos": rows.to_dict("records"), "pictures": pictures, "worst": worst, "confident": confident}
     page |= {"suspects": suspects, "pairs": pairs, "contradicting": contradicting, "leaking": leaking}
-    page["confusion"] = confusion_matrix(table["label"], table["predicted"], labels=CLASSES)
+    page["confusion"] = labels.T.astype(int) @ decide(probabilities)
     write_page("error_analysis.html", page)
     say(
         f"wrote error_analysis.html and error_analysis.csv: {len(table)} photos, out-of-fold AUC {auc:.5f}, "

@@ -8,14 +8,14 @@ Expect  0.98422 public and 0.98135 private at Kaggle (published).
 """
 
 from harness.console import parse_args
-from utils import make_prediction_parser, output_name
+from utils import make_prediction_parser, output_name, write_submission
 
 if __name__ == "__main__":  # before the imports that take seconds: a typo should not wait for them
     ARGS = parse_args(make_prediction_parser(__doc__, log_dir="logs_submit_distill"))
 
 from dataset import read_test
 from harness.console import say
-from harness.files import check_writable, write_csv
+from harness.files import check_writable
 from inference import load_trained, predict_tta
 
 
@@ -24,7 +24,7 @@ def main(args):
     name = output_name("submission_distill.csv", args.limit, args.folds)
     check_writable(name)
     submission = predict_tta(args, networks, *read_test(args), keep_as="test")
-    write_csv(name, submission)
+    write_submission(name, submission)
     say(f"wrote {name}: {len(submission)} rows")
 
 

@@ -9,7 +9,7 @@ Expect  the out-of-fold AUC; 0.97988 public and 0.98108 private at Kaggle for su
 """
 
 from harness.console import parse_args
-from utils import CLASSES, describe_aucs, make_prediction_parser, output_name
+from utils import CLASSES, describe_aucs, make_prediction_parser, output_name, write_submission
 
 if __name__ == "__main__":  # before the imports that take seconds: a typo should not wait for them
     ARGS = parse_args(make_prediction_parser(__doc__))
@@ -36,7 +36,7 @@ def main(args):
     say(f"wrote {names[0]}: out-of-fold AUC {aucs}")
 
     submission = predict_tta(args, networks, *test, keep_as="test")
-    write_csv(names[1], submission)
+    write_submission(names[1], submission)
     say(f"wrote {names[1]}: {len(submission)} rows")
 
 

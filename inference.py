@@ -43,7 +43,7 @@ def tta_views(args, image_ids, images):
 
 
 def predict_tta(args, networks, image_ids, images, keep_as=None):
-    """Mean softmax of all views and folds: DataFrame with image_id and four columns, in the order of `image_ids`.
+    """Mean softmax of all views and folds: DataFrame with image_id and a column per class, in the order of `image_ids`.
 
     networks: dict of fold to LeafNet; images: as of tta_views; keep_as: a name, to go on after an interruption.
     """
@@ -62,7 +62,7 @@ def predict_out_of_fold(args, train, folds, networks):
     """Softmax of every training photo by the network that has not seen it, without augmentation.
 
     train: DataFrame of train.csv; folds: int (n,), the fold of each row; networks: dict of fold to LeafNet.
-    Returns a DataFrame with image_id and four columns, the rows of those folds in the order of train.csv.
+    Returns a DataFrame with image_id and a column per class, the rows of those folds in the order of train.csv.
     """
     images = cached_photos(args, "train", train["image_id"])
     keys = [(fold, 0, int(row)) for fold in networks for row in np.flatnonzero(folds == fold)]
@@ -75,7 +75,7 @@ def predict_out_of_fold(args, train, folds, networks):
 
 
 def predict(networks, dataset, keys, args, title, kept=None):
-    """Probabilities of each key (fold, draw, row) by the network of its fold: float32 (n, 4). The one place that predicts.
+    """Probabilities of each key (fold, draw, row) by the network of its fold: float32 (n, k). The one place that predicts.
 
     networks: dict of fold to LeafNet, in evaluation mode; kept: as of keep_predictions, for what takes long. A batch is
     of one fold. The folds take turns, so that all read a photo while it is in memory, and are spread over args.devices:

@@ -20,9 +20,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class LeafNet(nn.Module):
-    """Backbone → global average pool → batch norm with a frozen bias → L2 normalisation → linear to four logits.
+    """Backbone → global average pool → batch norm with a frozen bias → L2 normalisation → linear to a logit for each class.
 
-    Input: uint8 (n, height, width, 3), RGB; output: float32 logits (n, 4). The head runs in float32 under autocast too:
+    Input: uint8 (n, height, width, 3), RGB; output: float32 logits (n, k). The head runs in float32 under autocast too:
     in bf16 many probabilities of a column coincide, and ties blur an AUC. backbone: a name of pretrainedmodels, or
     timm/NAME. Raises InputError for one that there is not, or whose features the head does not fit.
     """
@@ -49,14 +49,14 @@ class LeafNet(nn.Module):
         return ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
 
     def logits(self, normalised):
-        """float (n, 3, height, width) → float32 (n, 4)."""
+        """float (n, 3, height, width) → float32 (n, k)."""
         maps = self.maps(compute_maps(self.backbone, normalised))
         with torch.autocast(maps.device.type, enabled=False):
             pooled = self.bn(maps.float().mean((2, 3)))
             return self.fc(F.normalize(pooled, dim=1))
 
     def probabilities(self, logits):
-        """What validation and prediction make of logits: float32 (n, 4) → float32 (n, 4)."""
+        """What validation and prediction make of logits: float32 (n, k) → float32 (n, k)."""
         return logits.softmax(1)
 
 
@@ -106,7 +106,7 @@ SCHEDULES = {  # the learning rate, stepped once in each of n epochs, from a hig
 
 
 class LeafModule(pl.LightningModule):
-    """One fold's training. Batches hold uint8 images (n, h, w, 3), labels (n, 4) that sum to 1, rows (n,).
+    """One fold's training. Batches hold uint8 images (n, h, w, 3), labels (n, k), rows (n,).
 
     Every metric that it logs, but "loss" and "lr", which are for the progress bar, is kept for each epoch in metrics/;
     those of the best epoch that begin with "val_" are in results.csv too. Raises InputError for an unknown schedule.
@@ -121,7 +121,7 @@ class LeafModule(pl.LightningModule):
         self.validated, self.last_validation = [], None
 
     def loss(self, logits, labels, reduction="mean"):
-        """Cross entropy against a probability vector: logits and labels (n, 4) → a number, or (n,) for "none"."""
+        """Cross entropy against a probability vector: logits and labels (n, k) → a number, or (n,) for "none"."""
         return F.cross_entropy(logits, labels, reduction=reduction)
 
     def configure_optimizers(self):

@@ -12,7 +12,7 @@ Expect  the same as a table. A photo that cannot be read is named and left out; 
 import os
 
 from harness.console import file_or_folder, parse_args
-from utils import CLASSES, make_prediction_parser
+from utils import CLASSES, decide, make_prediction_parser, name_labels
 
 
 def make_photo_parser():
@@ -162,7 +162,8 @@ def main(args):
     predictions.insert(0, "image", [f"./{path}" if str(path)[0] in "=+-@" else str(path) for path in done])
     write_csv(args.output, predictions)
     predicted = predictions[list(CLASSES)].to_numpy().argmax(1)
-    table = predictions.assign(prediction=np.array(CLASSES)[predicted])[["image", "prediction", *CLASSES]]
+    names = name_labels(decide(predictions[list(CLASSES)].to_numpy()))
+    table = predictions.assign(prediction=names)[["image", "prediction", *CLASSES]]
     print(table.to_string(index=False, float_format="{:.3f}".format), flush=True)
     say(f"wrote {args.output}: {len(predictions)} photos")
     if args.heat_maps is not None:

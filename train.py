@@ -9,7 +9,7 @@ Expect  a progress bar per epoch, 70 epochs per fold. After an interruption the 
 """
 
 from harness.console import parse_args
-from utils import CLASSES, N_FOLDS, derive_seed, describe_aucs, make_training_parser, split_folds
+from utils import CLASSES, N_FOLDS, derive_seed, describe_aucs, make_training_parser, parse_labels, split_folds
 
 if __name__ == "__main__":  # before the imports that take seconds: a typo should not wait for them
     ARGS = parse_args(make_training_parser(__doc__))
@@ -45,8 +45,8 @@ class TrainingData:
 
     image_ids: pd.Series
     folds: np.ndarray  # int (n,); -1: in no fold, so that all of them train on it
-    hard_labels: np.ndarray  # float32 (n, 4), one-hot: what validation compares with
-    labels: np.ndarray  # float32 (n, 4): what is trained on, hard or mixed with soft labels
+    hard_labels: np.ndarray  # float32 (n, k), one-hot: what validation compares with
+    labels: np.ndarray  # float32 (n, k): what is trained on, hard or mixed with soft labels
     images: CachedImages
 
 
@@ -140,8 +140,7 @@ def main(args):
             train_fold(args, fold, data, weights, run)
     out_of_fold = run.summarise()
     if out_of_fold is not None:
-        labels = np.stack([out_of_fold["label"] == name for name in CLASSES], axis=1)
-        aucs = describe_aucs(labels, out_of_fold[list(CLASSES)])
+        aucs = describe_aucs(parse_labels(out_of_fold["label"]), out_of_fold[list(CLASSES)])
         say(f"out-of-fold AUC of {len(out_of_fold)} photos: {aucs}; written as {args.log_dir}/out_of_fold.csv")
 
 

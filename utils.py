@@ -133,7 +133,31 @@ def output_name(name, limit, folds=range(N_FOLDS)):
     return name.replace(".csv", f"{part}.csv")
 
 
-# ---------------------------------------------------------------------------------------------- what labels must be
+# ---------------------------------------------------------------------------------------------- what a label is
+
+
+def read_labels(data_dir):
+    """train.csv: DataFrame with image_id and one 0/1 column per class."""
+    from harness.files import read_table  # half a second that --help need not wait for
+
+    return read_table(f"{data_dir}/train.csv", ("image_id", *CLASSES), rule=one_hot)
+
+
+def read_test_ids(data_dir):
+    """The image_ids to predict, Series of str, in the row order of sample_submission.csv; test.csv must have the same."""
+    from harness.files import read_table
+
+    hint = "it lists the photos to predict: image_id, and any number for each class, as in the competition's data"
+    image_ids = read_table(f"{data_dir}/sample_submission.csv", ("image_id", *CLASSES), hint=hint)["image_id"]
+    read_table(f"{data_dir}/test.csv", ("image_id",), wanted=image_ids)
+    return image_ids
+
+
+def write_submission(path, submission):
+    """Write what steps 2, 4 and 5 submit: DataFrame with image_id and the probabilities, one column per class."""
+    from harness.files import write_csv
+
+    write_csv(path, submission)
 
 
 def one_hot(values):
@@ -153,6 +177,26 @@ def distribution(values):
     texts = np.where(np.abs(sums - 1) <= allowed, "", texts)
     outside = (values < 0).any(1) | (values > 1).any(1)
     return np.where(outside, "is no probability distribution: it holds a value outside 0…1", texts)
+
+
+def decide(probabilities):
+    """The labels that probabilities decide for: float (n, k) → bool (n, k), the most probable class."""
+    return np.eye(len(CLASSES), dtype=bool)[np.argmax(probabilities, axis=1)]
+
+
+def log_losses(labels, probabilities):
+    """-log of the label's probability: labels 0/1 (n, k), probabilities (n, k) → float (n,)."""
+    return -np.log(np.maximum((labels * probabilities).sum(1), np.finfo(np.float32).tiny))
+
+
+def name_labels(labels):
+    """0/1 labels (n, k) as n texts: the names of the classes, with | between several; "none" without any."""
+    return ["|".join(np.array(CLASSES)[row]) or "none" for row in np.asarray(labels, bool)]
+
+
+def parse_labels(names):
+    """What name_labels wrote, as bool (n, k)."""
+    return np.array([[name in text.split("|") for name in CLASSES] for text in names], bool).reshape(-1, len(CLASSES))
 
 
 # ---------------------------------------------------------------------------------------------- seeds and folds
@@ -184,9 +228,9 @@ def split_folds(n, seed, labels=None):
 
 
 def column_aucs(labels, probabilities):
-    """ROC AUC of each class, float array (4,), nan where a class has only positives or only negatives.
+    """ROC AUC of each class, float array (k,), nan where a class has only positives or only negatives.
 
-    labels: (n, 4) one-hot; probabilities: (n, 4).
+    labels: 0/1 (n, k); probabilities: (n, k).
     """
     from sklearn.metrics import roc_auc_score
 

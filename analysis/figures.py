@@ -47,12 +47,12 @@ def as_svg(figure):
 
 @in_page_style
 def draw_roc(labels, probabilities, aucs):
-    """ROC curve of each class: labels int (n,), probabilities (n, k), AUCs float (k,), nan if not defined → SVG."""
+    """ROC curve of each class: labels bool (n, k), probabilities (n, k), AUCs float (k,), nan if not defined → SVG."""
     figure, axes = plt.subplots()
     for k, colour in enumerate(colours(len(CLASSES))):
         false = true = []
         if not np.isnan(aucs[k]):
-            false, true, _ = roc_curve(labels == k, probabilities[:, k])
+            false, true, _ = roc_curve(labels[:, k], probabilities[:, k])
         auc = "not defined" if np.isnan(aucs[k]) else f"{aucs[k]:.4f}"
         axes.plot(false, true, color=colour, label=f"{CLASSES[k]}: {auc}".replace("_", " "))
     axes.plot([0, 1], [0, 1], ":", color=INK, linewidth=1)
@@ -63,8 +63,8 @@ def draw_roc(labels, probabilities, aucs):
 
 @in_page_style
 def draw_reliability(labels, probabilities, bins=10):
-    """How often the prediction is right against how sure the network is (arXiv 1706.04599): (n,), (n, k) → SVG."""
-    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    """How often the likeliest class is right against how sure the network is (arXiv 1706.04599): two (n, k) → SVG."""
+    confidence, right = probabilities.max(1), labels[np.arange(len(labels)), probabilities.argmax(1)]
     share, mean = calibration_curve(right, confidence, n_bins=bins)
     figure, (axes, counts) = plt.subplots(2, 1, height_ratios=(3, 1), sharex=True)
     axes.plot([0, 1], [0, 1], ":", color=INK, linewidth=1)

@@ -8,6 +8,7 @@ import pandas as pd
 
 from harness.console import InputError
 from harness.record import list_changes, read_own_csv, read_record, record_path
+from utils import name_labels, parse_labels
 
 NOTHING_DIFFERS = "nothing differs in options, inputs and source files"
 FROM_NETWORKS = "from networks that have seen the photos it is judged by"
@@ -20,7 +21,7 @@ class TrainedRun:
     name: str  # the directory
     image_ids: list
     folds: np.ndarray  # int (n,)
-    labels: np.ndarray  # int (n,), class numbers
+    labels: np.ndarray  # bool (n, k)
     probabilities: np.ndarray  # float (n, k), by the network that has not seen the photo
     all_ids: set  # of folds.csv, also those of folds that are not finished
     all_known: bool  # whether folds.csv is there; without it all_ids are those of the finished folds
@@ -45,8 +46,8 @@ def read_run(log_dir, classes):
         found = f"has the columns {','.join(table)}, not {','.join(expected)}"
         raise InputError(f"{path} {found}: other classes, an edited table, or an older version")
     values, folds = table[list(classes)].to_numpy(), sorted(table["fold"].unique().tolist())
-    known = table["label"].isin(classes).all() and not table["image_id"].duplicated().any()
-    if not known or values.dtype != float or not np.isfinite(values).all():
+    whole = name_labels(labels := parse_labels(table["label"])) == table["label"].tolist()
+    if not whole or table["image_id"].duplicated().any() or values.dtype != float or not np.isfinite(values).all():
         raise InputError(f"{path} is damaged: not what train.py writes")
     records = {fold: read_record(of) for fold in folds if (of := record_path(folder, fold)).is_file()}
     # a record without a result is of a fold that is being trained anew, while its predictions are of an earlier training
@@ -55,7 +56,7 @@ def read_run(log_dir, classes):
         name=str(log_dir),
         image_ids=table["image_id"].tolist(),
         folds=table["fold"].to_numpy(),
-        labels=table["label"].map(list(classes).index).to_numpy(),
+        labels=labels,
         probabilities=values,
         all_ids=set((read_own_csv(path_of_all, ("image_id",)) if path_of_all.is_file() else table)["image_id"]),
         all_known=path_of_all.is_file(),
@@ -72,7 +73,7 @@ def read_minutes(log_dir, fold):
 
 
 def check_same_photos(runs):
-    """The runs, each on the photos that all have, in one order; and their labels, int (n,).
+    """The runs, each on the photos that all have, in one order; and their labels, bool (n, k).
 
     Raises InputError if they are about other photos, or if a label is not the same in all.
     """
@@ -92,7 +93,7 @@ def check_same_photos(runs):
         rows = pd.Series(range(len(run.image_ids)), run.image_ids)[common].to_numpy()
         parts = {"folds": run.folds[rows], "labels": run.labels[rows], "probabilities": run.probabilities[rows]}
         same.append(replace(run, image_ids=common, **parts))
-        other = np.flatnonzero(same[-1].labels != same[0].labels)
+        other = np.flatnonzero((same[-1].labels != same[0].labels).any(1))
         if len(other):
             row, n = other[0], len(other) - 1
             raise InputError(f"{run.name} has other labels than {first.name}, of {common[row]} and {n} others")

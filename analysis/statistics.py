@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit
 
+from utils import decide, log_losses
+
 RESAMPLES = 2000
 FEW = 3000  # photos; with more, the degrees of freedom decide nothing, and the jackknife takes long
 
@@ -28,28 +30,32 @@ def weighted_auc(is_positive, scores, weights):
 def measure(labels, probabilities, classes, weights=None):
     """The figures of one run: dict of name to float (r,), one value per resample; without `weights` of all photos, once.
 
-    labels: int (n,); probabilities: float (n, k); weights: float (r, n), how often each photo counts. The mean AUC is
+    labels: bool (n, k); probabilities: float (n, k); weights: float (r, n), how often each photo counts. The mean AUC is
     over the classes for which it is defined.
     """
     weights = np.ones((1, len(labels))) if weights is None else weights
-    aucs = {name: weighted_auc(labels == k, probabilities[:, k], weights) for k, name in enumerate(classes)}
+    aucs = {name: weighted_auc(labels[:, k], probabilities[:, k], weights) for k, name in enumerate(classes)}
     defined = [of_class for of_class in aucs.values() if not np.isnan(of_class).any()]
     mean = np.mean(defined, axis=0) if defined else np.full(len(weights), np.nan)
-    of_label = probabilities[np.arange(len(labels)), labels]
-    losses = -np.log(np.maximum(of_label, np.finfo(np.float32).tiny))
-    wrong = weights @ (probabilities.argmax(1) != labels) * (len(labels) / weights.sum(1))
-    return {"mean AUC": mean, **aucs, "log loss": weights @ losses / weights.sum(1), "wrong photos": wrong}
+    losses = weights @ log_losses(labels, probabilities) / weights.sum(1)
+    wrong = weights @ (decide(probabilities) != labels).any(1) * (len(labels) / weights.sum(1))
+    return {"mean AUC": mean, **aucs, "log loss": losses, "wrong photos": wrong}
+
+
+def rows_of_equal(labels):
+    """The row numbers of the photos of each class, or, where a photo may have several, of each set of classes."""
+    kinds, number = np.unique(labels, axis=0, return_inverse=True)
+    return [np.flatnonzero(number.ravel() == k) for k in range(len(kinds))[::-1]]
 
 
 def resample(labels, n_resamples=RESAMPLES, seed=0):
-    """How often each photo is drawn in each resample: float32 (r, n). Drawn within classes, so that none lacks a class.
+    """How often each photo is drawn in each resample: float32 (r, n). Drawn among those of equal labels, bool (n, k).
 
     Of n photos of a class n - 1 are drawn: with n, the variance would come out too small by (n - 1) / n, which matters
     in a rare class (McCarthy and Snowden 1985, "The bootstrap and finite population sampling").
     """
     rng, weights = np.random.default_rng(seed), np.zeros((n_resamples, len(labels)), np.float32)
-    for number in np.unique(labels):
-        rows = np.flatnonzero(labels == number)
+    for rows in rows_of_equal(labels):
         weights[:, rows] = rng.multinomial(max(1, len(rows) - 1), np.full(len(rows), 1 / len(rows)), n_resamples)
     return weights
 
@@ -80,7 +86,7 @@ def compare(labels, variants, classes, n_resamples=RESAMPLES, names=None):
     if len(runs) == 2 and len(labels) <= FEW:
         left_out = 1 - np.eye(len(labels), dtype=np.float32)
         of_left_out = [measure(labels, run, classes, left_out) for run in runs]
-    unknown = {name for k, name in enumerate(classes) if (labels == k).sum() == 1}
+    unknown = {name for k, name in enumerate(classes) if labels[:, k].sum() == 1}
     unknown |= {"mean AUC"} if unknown else set()  # one photo does not tell how much another one would change
     differences = {}
     for name in names or figures[0]:
@@ -106,7 +112,7 @@ def degrees_of_freedom(labels, left_out):
 
     left_out: float (n,), the figure without each photo. From these (the jackknife) comes how much each class adds.
     """
-    rows = [np.flatnonzero(labels == number) for number in np.unique(labels)]
+    rows = rows_of_equal(labels)
     parts = [((left_out[of] - left_out[of].mean()) ** 2).sum() * (len(of) - 1) / len(of) for of in rows]
     doubt = sum(part**2 / (len(of) - 1) for part, of in zip(parts, rows, strict=True) if len(of) > 1)
     return sum(parts) ** 2 / doubt if doubt else np.inf

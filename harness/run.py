@@ -92,13 +92,12 @@ class EpochLog(pl.Callback):
             raise InputError(f"fold {self.fold} stopped: a loss of epoch {trainer.current_epoch} is not finite; {anew}")
 
     def on_train_epoch_end(self, trainer, module):
-        names = sorted(trainer.callback_metrics.keys() - {"loss", "lr"})  # these are of the last step
-        metrics = {name: float(trainer.callback_metrics[name]) for name in names}
-        took = {"seconds": round(time.monotonic() - self.started, 2)}
-        self.rows.append({"epoch": trainer.current_epoch, "lr": self.lr} | metrics | took)
+        row, names = {"epoch": trainer.current_epoch, "lr": self.lr}, trainer.callback_metrics.keys() - {"loss", "lr"}
+        row |= {name: float(trainer.callback_metrics[name]) for name in sorted(names)}
+        self.rows.append(row | {"seconds": round(time.monotonic() - self.started, 2)})
         if trainer.is_global_zero:
             write_csv(self.path, pd.DataFrame(self.rows))
-            for name in ("lr", *metrics):
+            for name in ("lr", *sorted(names)):
                 self.board.add_scalar(name, self.rows[-1][name], trainer.current_epoch)
             self.board.flush()
         if not is_interactive():
@@ -138,7 +137,7 @@ class Run:
 
     def __init__(self, args, n_folds, classes):
         quiet_libraries()
-        self.args, self.n_folds, self.classes = args, n_folds, list(classes)
+        self.args, self.n_folds, self.classes = args, n_folds, np.array(classes)
         # recorded by their content; what an edit of the recipe reads besides is to be added here, before `begin`
         self.inputs = {"train.csv": Path(args.data_dir) / "train.csv", "soft labels": args.soft_labels_filename}
         self.kind, self.indices = devices.choose_device(args.gpus, args.cpu_processes)
@@ -176,9 +175,9 @@ class Run:
             raise InputError(f"a fold has {sizes.min()} photos to validate on, too few for {self.n_devices} devices")
         for fold in self.args.folds:
             positives = labels[folds == fold].sum(0)
-            if (positives == sizes[fold]).any():
+            if np.isin(positives, (0, sizes[fold])).all():
                 raise InputError(f"fold {fold} holds photos of one class only: no AUC to choose a checkpoint by")
-            for name in np.array(self.classes)[positives == 0] if PREFIX is None else ():
+            for name in self.classes[positives == 0] if PREFIX is None else ():
                 say(f"note: fold {fold} has no photo of {name}; its AUC is the mean of the other classes")
 
     @contextmanager
@@ -268,7 +267,8 @@ class Run:
 
     def collect(self):
         """Put results.csv and out_of_fold.csv together from all finished folds; returns both, DataFrames."""
-        log_dir, labels = Path(self.args.log_dir), np.array(self.classes)[self.data.hard_labels.argmax(1)]
+        log_dir, names = Path(self.args.log_dir), [self.classes[row > 0] for row in self.data.hard_labels]
+        labels = np.array(["|".join(several) or "none" for several in names])
         with lock_file(log_dir / ".hparams.lock"):
             done = [fold for fold in range(self.n_folds) if record.read_result(log_dir, fold)]
             results, parts = record.read_results(log_dir, done), []

@@ -17,6 +17,7 @@ from harness.record import FORMAT
 from utils import CLASSES, column_aucs, mean_auc
 
 SHARES = np.array([516, 91, 622, 592]) / 1821  # of the competition's classes
+ONE_HOT = np.eye(4, dtype=bool)
 
 
 def draw_photos(rng, n):
@@ -36,7 +37,7 @@ def true_auc(skill, spread):
     nodes, shares = np.polynomial.hermite_e.hermegauss(7 if spread else 1)
     labels, misleading = draw_photos(np.random.default_rng(1), 40_000)
     runs = [simulate(np.random.default_rng(2), labels, misleading, skill + spread * node) for node in nodes]
-    return np.average([measure(labels, run, CLASSES)["mean AUC"][0] for run in runs], weights=shares)
+    return np.average([measure(ONE_HOT[labels], run, CLASSES)["mean AUC"][0] for run in runs], weights=shares)
 
 
 def experiment(number, sizes, skills, spreads, n_resamples):
@@ -47,7 +48,7 @@ def experiment(number, sizes, skills, spreads, n_resamples):
         [simulate(rng, labels, misleading, skill + spread * rng.standard_normal()) for _ in range(size)]
         for size, skill, spread in zip(sizes, skills, spreads, strict=True)
     ]
-    return compare(labels, variants, CLASSES, n_resamples=n_resamples, names=["mean AUC"])["mean AUC"]
+    return compare(ONE_HOT[labels], variants, CLASSES, n_resamples=n_resamples, names=["mean AUC"])["mean AUC"]
 
 
 EXPERIMENTS = {  # runs of each variant, how far seeds spread, how much better the second variant is
@@ -85,18 +86,18 @@ def test_an_interval_over_photos_alone_would_be_wrong_where_seeds_spread():
 def test_figures_are_those_of_scikit_learn_also_of_equal_scores_and_of_photos_drawn_several_times():
     rng = np.random.default_rng(0)
     labels, misleading = draw_photos(rng, 200)
-    probabilities, weights = simulate(rng, labels, misleading, 1.5), resample(labels, 20)
+    probabilities, weights = simulate(rng, labels, misleading, 1.5), resample(ONE_HOT[labels], 20)
     for scores in (probabilities, probabilities.round(1)):
-        figures, one_hot = measure(labels, scores, CLASSES), np.eye(4)[labels]
+        figures, one_hot = measure(ONE_HOT[labels], scores, CLASSES), ONE_HOT[labels]
         expected = [mean_auc(one_hot, scores), *column_aucs(one_hot, scores)]
         np.testing.assert_allclose([figures[name][0] for name in ("mean AUC", *CLASSES)], expected, atol=1e-12)
         assert figures["wrong photos"][0] == (scores.argmax(1) != labels).sum()
         of_label = np.maximum(scores[np.arange(len(labels)), labels], np.finfo(np.float32).tiny)
         assert figures["log loss"][0] == pytest.approx(-np.log(of_label).mean())
-    figures = measure(labels, probabilities, CLASSES, weights)
+    figures = measure(ONE_HOT[labels], probabilities, CLASSES, weights)
     for row, counts in enumerate(weights.astype(int)):
         drawn = np.repeat(np.arange(len(labels)), counts)
-        alone = measure(labels[drawn], probabilities[drawn], CLASSES)
+        alone = measure(ONE_HOT[labels[drawn]], probabilities[drawn], CLASSES)
         assert figures["mean AUC"][row] == pytest.approx(alone["mean AUC"][0], abs=1e-5)
         assert figures["wrong photos"][row] / len(labels) == pytest.approx(alone["wrong photos"][0] / len(drawn))
     for of_class in (weights[:, labels == number] for number in range(4)):

@@ -17,9 +17,9 @@ from conftest import QUICK, REPO, copy_recipe, run_script, shared_folder
 from utils import CLASSES
 
 DIFFS = {path.stem: path.read_text() for path in sorted((REPO / "experiments").glob("*.diff"))}
-NAMES = """flip_tta gem_pooling grouped_folds label_smoothing mixup no_restarts pseudo_labels rank_blend rare_class_weight
-soft_labels_by_row stratified_folds weights_average""".split()
-TRAININGS = [name for name in NAMES if name not in ("flip_tta", "rank_blend")]
+NAMES = """flip_tta gem_pooling grouped_folds label_smoothing mixup no_restarts plant_pathology_2021 pseudo_labels rank_blend
+rare_class_weight soft_labels_by_row stratified_folds weights_average""".split()
+TRAININGS = [name for name in NAMES if name not in ("flip_tta", "rank_blend", "plant_pathology_2021")]
 
 
 def commands(name):
@@ -58,7 +58,8 @@ def copy(tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_diff_is_small_applies_and_leaves_clean_code(name, copy):
     counts = count_lines(name)
-    assert 1 <= len(counts) <= 2 and sum(added for added, _ in counts.values()) <= 15
+    assert 1 <= len(counts) <= 2
+    assert sum(added for added, _ in counts.values()) <= (30 if name == "plant_pathology_2021" else 15)
     for file in counts:
         assert (copy(name) / file).read_text() != (REPO / file).read_text()
     for check in (["check"], ["format", "--check"]):
@@ -86,7 +87,8 @@ def test_the_commands_of_the_headers_can_be_typed_and_the_table_of_the_page_agre
             if script == "train.py":
                 log_dirs.append(words[words.index("--log_dir") + 1])
     assert {"train.py", "blend.py", "generate_soft_labels.py"} <= set(options)
-    assert len(set(log_dirs)) == len(log_dirs) == len(TRAININGS) and not {"logs", "logs_submit_distill"} & set(log_dirs)
+    assert len(set(log_dirs)) == len(log_dirs) == len(TRAININGS) + 1  # and that of 2021
+    assert not {"logs", "logs_submit_distill"} & set(log_dirs)
 
     page = (REPO / "docs" / "experiments.md").read_text()
     rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| [")]
@@ -171,3 +173,61 @@ def test_a_training_with_the_diff_is_another_one(name, copy, plain, sample, tmp_
         (work / "submission-folds=0.csv").rename(work / "submission.csv")  # what step 2 has made of the new networks
         refused = train(copy(name), sample, work, options, epochs, check=False)
         assert refused.returncode == 1 and "pseudo labels: changed" in refused.stderr
+
+
+@pytest.mark.slow
+def test_photos_with_several_labels_go_through_all_steps_in_the_format_of_2021(copy, sample, tmp_path):
+    """Rendered leaves with both diseases have two labels; every seventh leaf has one more."""
+    repo, data, classes = copy("plant_pathology_2021"), tmp_path / "2021", ["complex", "healthy", "rust", "scab"]
+    rendered = pd.read_csv(sample / "train.csv")
+    names = rendered[list(CLASSES)].idxmax(axis=1).replace({"multiple_diseases": "rust scab"})
+    names[::7] = "complex " + names[::7]
+    truth = names.str.get_dummies(" ")
+    test = pd.read_csv(sample / "test.csv")["image_id"]
+    data.mkdir()
+    (data / "images").symlink_to(sample / "images")
+    pd.DataFrame({"image": rendered["image_id"] + ".jpg", "labels": names}).to_csv(data / "train.csv", index=False)
+    given = {"image": test + ".jpg", "labels": "healthy"}
+    pd.DataFrame(given).to_csv(data / "sample_submission.csv", index=False)
+
+    def run(script, *options):
+        return run_script(str(repo / script), *options, cwd=tmp_path).stdout
+
+    quick = ["--data_dir", data, *QUICK, "--max_epochs", 2]
+    assert "val_f1 of 5 folds: 0." in run("train.py", *quick)
+    run("generate_soft_labels.py", "--num_workers", 0)
+    run("train.py", *quick, "--soft_labels_filename", "soft_labels.csv", "--log_dir", "logs_submit_distill")
+    run("generate_distilled_submission.py", "--num_workers", 0)
+    run("blend.py")
+
+    one, two, mix, soft = (
+        pd.read_csv(tmp_path / f"{name}.csv", index_col="image_id")
+        for name in ("submission", "submission_distill", "submission_mix", "soft_labels")
+    )
+    pd.testing.assert_frame_equal(mix, (one + two) / 2)
+    assert not np.isclose(soft.sum(axis=1), 1, atol=0.1).any() and soft.index.tolist() == rendered["image_id"].tolist()
+    kept = pd.read_csv(tmp_path / "logs" / "out_of_fold.csv").set_index("image_id").loc[soft.index]
+    assert kept["label"].str.get_dummies()[classes].to_numpy().tolist() == truth[classes].to_numpy().tolist()
+    np.testing.assert_allclose(kept[list(soft)], soft, atol=0.02)  # the training validates in bf16 where it can
+    submitted = pd.read_csv(tmp_path / "submission_mix_labels.csv")
+    assert submitted["image"].tolist() == (test + ".jpg").tolist() and list(submitted) == ["image", "labels"]
+    decided = submitted["labels"].str.get_dummies(" ").reindex(columns=mix.columns, fill_value=0).to_numpy()
+    most_probable = np.arange(mix.shape[1]) == mix.to_numpy().argmax(1)[:, None]
+    assert (decided == (mix.to_numpy() >= 0.5) | most_probable & (mix.to_numpy() < 0.5).all(1)[:, None]).all()
+
+    figures = run("compare.py", "logs", "logs_submit_distill", "--csv", "figures.csv")
+    assert "complex|rust" in figures and "41 photos that all have" in figures
+    losses = np.where(
+        truth.reindex(columns=mix.columns, fill_value=0).to_numpy() == 1, kept[list(mix)], 1 - kept[list(mix)]
+    )
+    table = pd.read_csv(tmp_path / "figures.csv").query("runs == 'logs' and figure == 'log loss'")
+    assert table["value"].item() == pytest.approx(-np.log(losses).sum(1).mean(), abs=1e-4)
+    run("error_analysis.py", "--num_workers", 0, "--worst", 4)
+    page = (tmp_path / "error_analysis.html").read_text()
+    assert "what speaks for <b>scab</b>, its label" in page and "rust|scab" in page
+    run("predict.py", sample / "images" / "Test_1.jpg", "--num_workers", 0)
+
+    names[3] = "rust mildew"
+    pd.DataFrame({"image": rendered["image_id"] + ".jpg", "labels": names}).to_csv(data / "train.csv", index=False)
+    refused = run_script(str(repo / "train.py"), *quick, "--log_dir", "other", cwd=tmp_path, check=False)
+    assert refused.returncode == 1 and "has the labels mildew: add them to CLASSES" in refused.stderr
