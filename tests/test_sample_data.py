@@ -1,10 +1,14 @@
 """The drawn data set: reproducible, in the competition's layout, true to its lesions, and no colour card."""
 
+import json
+import re
+import shutil
+
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import refusal, shared_folder
+from conftest import QUICK, REPO, copy_recipe, edit, refusal, run_script, shared_folder
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -172,3 +176,61 @@ def test_what_is_there_is_kept_finished_or_refused(tmp_path, capsys, monkeypatch
     (tmp_path / "foreign" / "train.csv").write_text("the real competition's\n")
     assert "delete" in refusal(draw, tmp_path / "foreign")
     assert contents(tmp_path / "foreign") == {"train.csv": b"the real competition's\n"}
+
+
+@pytest.mark.slow
+def test_a_folder_of_photos_goes_through_all_steps_after_the_edit_that_the_error_says(sample, tmp_path):
+    """Three classes, one with a blank in its name; a PNG, equal names, a name that no image_id may have."""
+    repo, own, new = copy_recipe(tmp_path / "repo"), tmp_path / "orchard", tmp_path / "rust"
+    shutil.copytree(REPO / "tools", repo / "tools")
+    labels = pd.read_csv(sample / "train.csv").set_index("image_id").idxmax(axis=1)
+    for image_id, label in labels.replace({"multiple_diseases": "rust", "scab": "powdery mildew"}).items():
+        (own / label).mkdir(parents=True, exist_ok=True)
+        shutil.copy(sample / "images" / f"{image_id}.jpg", own / label)
+    (own / "rust" / "below").mkdir()
+    for number in range(10):
+        one = new / f"Test_{number}.jpg" if number else new / "=Test.jpg"
+        one.parent.mkdir(exist_ok=True)
+        shutil.copy(sample / "images" / f"Test_{number}.jpg", one)
+    photo = next((own / "rust").glob("*.jpg"))
+    cv2.imwrite(str(photo.with_suffix(".png")), cv2.imread(str(photo))[:, ::-1])
+    shutil.move(photo.with_suffix(".png"), own / "rust" / "below")
+    shutil.copy(photo, own / "rust" / f"below-{photo.name}")
+    shutil.copy(photo, new / photo.name)  # as rust-Train_N, which is taken
+    before = {path: path.read_bytes() for folder in (own, new) for path in folder.rglob("*.*")}
+
+    def run(*words, status=0):
+        done = run_script(*words, cwd=tmp_path, check=False, PYTHONPATH=str(repo))
+        assert done.returncode == status, done.stderr
+        return done.stdout if status == 0 else done.stderr
+
+    refused = run("tools.make_data_dir", "orchard", "--test", "rust", status=1)
+    (line,) = re.findall(r"edit its line to (CLASSES = .*)\n$", refused)
+    edit(repo / "utils.py", f"CLASSES = {json.dumps(CLASSES)[1:-1].join('()')}", line)
+    said = run("tools.make_data_dir", "orchard", "--test", "rust", "--out", "data")
+    assert "43 labelled photos (healthy " in said and ", 11 without a label" in said
+    data = tmp_path / "data"
+    train, test = (pd.read_csv(data / f"{name}.csv") for name in ("train", "test"))
+    assert list(train) == ["image_id", "healthy", "powdery mildew", "rust"]
+    ids = [*train["image_id"], *test["image_id"]]
+    assert len({image_id.casefold() for image_id in ids}) == len(ids) == 54
+    assert sorted(f"{image_id}.jpg" for image_id in ids) == sorted(path.name for path in (data / "images").iterdir())
+    for row in train.itertuples(index=False):
+        kept = (data / "images" / f"{row[0]}.jpg").read_bytes()
+        assert kept in [
+            content for path, content in before.items() if own / train.columns[1:][np.argmax(row[1:])] in path.parents
+        ]
+
+    quick = ["--data_dir", "data", *QUICK, "--max_epochs", 2]
+    run(str(repo / "train.py"), *quick)
+    run(str(repo / "generate_soft_labels.py"), "--num_workers", 0)
+    run(str(repo / "train.py"), *quick, "--soft_labels_filename", "soft_labels.csv", "--log_dir", "logs_submit_distill")
+    run(str(repo / "generate_distilled_submission.py"), "--num_workers", 0)
+    run(str(repo / "blend.py"))
+    assert pd.read_csv(tmp_path / "submission_mix.csv")["image_id"].tolist() == test["image_id"].tolist()
+    assert "AUC of" in run(str(repo / "compare.py"), "submission.csv", "--against", "submission_mix.csv")
+    assert "powdery mildew" in run(str(repo / "compare.py"), "logs", "logs_submit_distill")
+    run(str(repo / "error_analysis.py"), "--num_workers", 0, "--worst", 2)
+    assert "powdery mildew" in run(str(repo / "predict.py"), "rust", "--num_workers", 0)
+    assert before == {path: path.read_bytes() for folder in (own, new) for path in folder.rglob("*.*")}
+    assert "data exists" in run("tools.make_data_dir", "orchard", "--out", "data", status=1)
