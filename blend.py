@@ -7,13 +7,16 @@ Writes  submission_mix.csv, in the row order of the first.
 Expect  0.98354 public and 0.98253 private at Kaggle (published).
 """
 
-from harness.console import Parser, file_or_folder, parse_args, positive, say
+from harness.console import InputError, Parser, file_or_folder, parse_args, positive, say
 from harness.files import read_table
 from utils import CLASSES, distribution, output_name, write_submission
 
 
 def main(args):
     columns, classes = ("image_id", *CLASSES), list(CLASSES)
+    parts = [path for path in args.submissions if "-folds=" in path or "-limit=" in path]
+    if parts and "output" not in args.typed:
+        raise InputError(f"{parts[0]} is of a part of the folds or photos: name another --output than {args.output}")
     *submissions, output = [output_name(name, args.limit) for name in [*args.submissions, args.output]]
     mix, tables = None, []
     for path in submissions:

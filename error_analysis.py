@@ -45,7 +45,7 @@ from harness.files import atomic_write, check_writable, write_csv
 from harness.photos import photo_paths, read_photo
 from harness.record import read_folds, read_own_csv
 from inference import load_trained, predict, predict_out_of_fold, tta_views
-from utils import column_aucs, decide, log_losses, mean_auc, name_labels, parse_labels
+from utils import column_aucs, decide, log_losses, mean_auc, name_labels, output_name, parse_labels
 
 THUMBNAIL = 120  # longest side in pixels: there is one of every photo
 CONFIDENT = 2  # right and most certain photos of each class that get heat maps
@@ -195,8 +195,9 @@ def write_page(path, page):
 
 
 def main(args):
-    check_writable("error_analysis.html", "error_analysis.csv")
     checkpoints, networks = load_trained(args)
+    page_name, csv_name = (output_name(f"error_analysis.{kind}", args.limit, args.folds) for kind in ("html", "csv"))
+    check_writable(page_name, csv_name)
     names = ("epoch", "lr", "train_loss", "val_loss", "val_roc_auc")
     metrics = {fold: read_own_csv(Path(args.log_dir) / "metrics" / f"fold={fold}.csv", names) for fold in args.folds}
     train = read_train(args).reset_index(drop=True)
@@ -223,14 +224,14 @@ def main(args):
     charts = draw_charts(table, aucs, metrics, dict(zip(checkpoints["fold"], checkpoints["epoch"], strict=True)))
     page = show_least_certain(args, table, paths, networks) | {"args": args, "auc": auc, "aucs": aucs, "charts": charts}
     table = table.round(6)
-    write_csv("error_analysis.csv", table)
+    write_csv(csv_name, table)
     rows = table.assign(row=table.index, thumbnail=thumbnails).astype(object).replace({np.nan: None})
     page |= {"photos": rows.to_dict("records"), "pictures": pictures, "worst": worst, "confident": confident}
     page |= {"suspects": suspects, "pairs": pairs, "contradicting": contradicting, "leaking": leaking}
     page["confusion"] = labels.T.astype(int) @ decide(probabilities)
-    write_page("error_analysis.html", page)
+    write_page(page_name, page)
     say(
-        f"wrote error_analysis.html and error_analysis.csv: {len(table)} photos, out-of-fold AUC {auc:.5f}, "
+        f"wrote {page_name} and {csv_name}: {len(table)} photos, out-of-fold AUC {auc:.5f}, "
         f"{table['wrong'].sum()} wrong, {len(suspects)} suspect labels, {len(pairs)} pairs of near-duplicates "
         f"({len(contradicting)} of contradicting labels, {len(leaking)} in different folds)"
     )

@@ -22,10 +22,10 @@ KEEP_EVERY = 60  # seconds: how much of a prediction is lost with an interruptio
 def load_trained(args):
     """What every prediction begins with: the best checkpoints, DataFrame with fold and checkpoint, and their networks.
 
-    Takes from LOG_DIR what was not typed, sets args.devices, args.precision and args.fingerprint. The networks are a dict
+    Takes from LOG_DIR what was not typed, sets devices, precision, fingerprint, notes of args. The networks are a dict
     of fold to LeafNet. Raises InputError if a fold is missing, or if LeafNet or fit_photo was edited since.
     """
-    checkpoints = prepare_prediction(args, N_FOLDS)
+    checkpoints = prepare_prediction(args, N_FOLDS, CLASSES)
     networks = {}
     for fold, name in zip(checkpoints["fold"], checkpoints["checkpoint"], strict=True):
         networks[fold] = load_network(Path(args.log_dir) / name, args.backbone, args.compile)
@@ -90,12 +90,13 @@ def predict(networks, dataset, keys, args, title, kept=None):
     if not todo:
         say(f"{title}: predicted already")
     devices = {fold: args.devices[i % len(args.devices)] for i, fold in enumerate(networks)}
-    networks = {fold: network.to(devices[fold]) for fold, network in networks.items()}
+    advice = f"type a smaller --val_batch_size than {args.val_batch_size}"
+    with enough_memory(advice):
+        networks = {fold: network.to(devices[fold]) for fold, network in networks.items()}
     kind, parts, written = args.devices[0].type, [], time.monotonic()
     workers = {"num_workers": args.num_workers, "pin_memory": kind == "cuda"}
     loader = DataLoader(dataset, batch_sampler=[[keys[i] for i in rows] for rows in todo], **workers)
     bar = tqdm(loader, title, initial=len(batches) - len(todo), total=len(batches), unit="batch", mininterval=1)
-    advice = f"type a smaller --val_batch_size than {args.val_batch_size}"
     with enough_memory(advice), torch.inference_mode(), autocast(kind, args.precision):
         for rows, batch in zip(todo, bar, strict=True):
             fold = keys[rows[0]][0]

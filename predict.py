@@ -12,13 +12,15 @@ Expect  the same as a table. A photo that cannot be read is named and left out; 
 import os
 
 from harness.console import file_or_folder, parse_args
-from utils import CLASSES, decide, make_prediction_parser, name_labels
+from utils import CLASSES, decide, make_prediction_parser, name_labels, output_name
 
 
 def make_photo_parser():
     """What predict.py takes."""
     parser = make_prediction_parser(__doc__)
-    parser.add_argument("photos", type=os.path.expanduser, nargs="+", metavar="PHOTO|FOLDER", help="what to classify")
+    parser.add_argument(
+        "photos", type=os.path.expanduser, nargs="+", metavar="PHOTO|FOLDER", help="what to classify; comes first"
+    )
     group, path = parser.add_argument_group("new photos"), {"type": file_or_folder}
     group.add_argument("--tta", action="store_true", help="predict the mean of augmented views, as steps 2 and 4 do")
     group.add_argument("--heat_maps", **path, metavar="FOLDER", help="also write pictures of where the networks looked")
@@ -139,10 +141,14 @@ def draw_heat_map(path, photo, predicted, args, networks):
 
 
 def main(args):
+    if "output" not in args.typed:
+        args.output = output_name(args.output, None, args.folds)
     check_writable(args.output)
     if args.heat_maps is not None:
         check_writable(Path(args.heat_maps) / "map.jpg")
     paths, empty = find_photos(args.photos)
+    if Path(args.output).resolve() in {path.resolve() for path in paths}:
+        raise InputError(f"--output {args.output} is one of the photos: name another file")
     _, networks = load_trained(args)
 
     parts, done = [], []

@@ -1,5 +1,7 @@
 """What every script shares: the classes, the one command line, seeds, the fold split, the metric."""
 
+import os
+
 import numpy as np
 
 from harness.console import InputError, Parser, file_or_folder, not_negative, pixels, positive, positive_number, share
@@ -130,7 +132,8 @@ def output_name(name, limit, folds=range(N_FOLDS)):
     """The name of a CSV file that a step writes: another one for a part of the photos (--limit) or of the folds."""
     part = "" if limit is None else f"-limit={limit}"
     part += "" if len(folds) == N_FOLDS else f"-folds={','.join(map(str, folds))}"
-    return name.replace(".csv", f"{part}.csv")
+    stem, suffix = os.path.splitext(name)
+    return stem + part + suffix
 
 
 # ---------------------------------------------------------------------------------------------- what a label is
@@ -211,12 +214,12 @@ def split_folds(n, seed, labels=None):
     """Fold number of each of `n` rows of train.csv, int array (n,): KFold(5, shuffle=True, random_state=seed).
 
     labels: the class number of each row, int (n,); KFold does not look at them, StratifiedKFold in its place would.
-    Raises InputError if there are fewer rows than folds.
+    Raises InputError if that cannot be done.
     """
     from sklearn.model_selection import KFold  # a second that --help and blend.py need not wait for
 
-    if n < N_FOLDS:
-        raise InputError(f"train.csv has {n} rows, too few for {N_FOLDS} folds")
+    if not 2 <= N_FOLDS <= n:
+        raise InputError(f"the {n} rows of train.csv cannot be split into {N_FOLDS} folds")
     folds = np.empty(n, dtype=np.int64)
     splits = KFold(N_FOLDS, shuffle=True, random_state=seed).split(np.zeros(n), labels)
     for fold, (_, validation) in enumerate(splits):

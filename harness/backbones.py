@@ -84,8 +84,7 @@ def make_backbone(name):
 def find_weights(weights, backbone):
     """The file that a training starts from: a Path, or None for `weights` "none" (from scratch, only when asked).
 
-    For "imagenet" it comes from the Hugging Face hub, where timm has it there, else from torch hub's cache or a download.
-    Raises InputError if there is none, or its content is not what the hash in its name says.
+    "imagenet": from the Hugging Face hub (timm), torch hub's cache or a download. Raises InputError without, or if damaged.
     """
     if weights == "none":
         return None

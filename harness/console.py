@@ -15,12 +15,12 @@ import warnings
 from contextlib import contextmanager, suppress
 
 os.environ["MPLBACKEND"] = "agg"  # a notebook's is inherited, and torchmetrics imports matplotlib
-tempfile.tempdir = "/tmp" if len(tempfile.gettempdir()) > 70 else None  # sockets' names are limited
+tempfile.tempdir = "/tmp" if len(os.environ.get("TMPDIR", "")) > 70 else None  # sockets' names are limited
 PREFIX = os.environ.get("PLANT_PATHOLOGY_PREFIX")  # set where train.py has started a process: what its lines begin with
 MAIN_PROCESS = os.getpid()  # loaders' workers are forked from it
 GO_ON = "the same command (without --fresh) goes on from there"
 # what Lightning and torch say about settings that we made on purpose, and about each other
-HARMLESS = "many workers|Checkpoint directory|LeafSpec|sync_dist=True|lr_scheduler.step.. before|parameter 'pretrained'"
+HARMLESS = "many workers|in eval mode|Checkpoint directory|LeafSpec|sync_dist=True|lr_scheduler.step.. before|parameter 'pretrained'"
 
 
 class InputError(SystemExit):
@@ -145,8 +145,8 @@ def parse_args(parser, argv=None):
     words = {word.split("=")[0] for word in argv[: argv.index("--") if "--" in argv else None]}
     for option in sorted(words - set(known)):
         if re.fullmatch(r"--?[A-Za-z]\S*", option):  # allow_abbrev=False leaves -t for -tbs
-            close = "".join(f", did you mean {name}?" for name in difflib.get_close_matches(option, known, n=1))
-            parser.error(f"unrecognized option {option}{close}")
+            close = [name for name in known if option.strip("-") in name] or difflib.get_close_matches(option, known)
+            parser.error(f"unrecognized option {option}" + f", did you mean {' or '.join(close)}?" * bool(close))
     args = parser.parse_args(argv)
     args.typed = {known[option].dest for option in words & set(known)}
     for name, other in parser.needs.items():

@@ -9,9 +9,9 @@ import cv2
 import torch
 from torch import distributed
 
-from harness.console import GO_ON, InputError, refusing
+from harness.console import InputError, refusing
 
-OUT_OF_MEMORY = "out of memory|CPUAllocator|could not create a|bad_alloc|Cannot allocate|ALLOC_FAILED|failure 2"
+OUT_OF_MEMORY = r"out.of.memory|CPUAllocator|could not create a|bad_alloc|Cannot allocate|ALLOC\w*_FAILED|failure 2\b"
 LOST_WORKER = r"DataLoader worker \(pid|unable to .*(shared memory|file </torch_)"
 
 
@@ -29,7 +29,8 @@ def choose_device(gpus, cpu_processes=None):
 
 def check_gpus(indices):
     """Raise InputError if torch, which counts these GPUs, cannot compute on one: its driver, or a build without its code."""
-    advice = ": install another build of torch or a newer driver (docs/installing.md), or type --cpu_processes 1"
+    anew = "install another build of torch or a newer driver (docs/installing.md), or type --cpu_processes 1"
+    advice = f": if its memory is full, wait for the other process (nvidia-smi); else {anew}"
     for index in indices:
         with refusing(f"GPU {index} cannot be used", RuntimeError, AssertionError, advice=advice):
             torch.ones(1, device=torch.device("cuda", index)).add_(1).item()
@@ -68,10 +69,10 @@ def enough_memory(advice):
     """Within the block, make an InputError of an error that says that memory was too small, or of a loader's lost worker."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         reason = (str(error) or "MemoryError").splitlines()[0]
         if re.search(LOST_WORKER, str(error)):
-            advice = f"type a smaller --num_workers, and give a container more (docker run --shm-size 8g); {GO_ON}"
+            advice = "type a smaller --num_workers, and give a container more (docker run --shm-size 8g)"
         elif not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error), re.I):
             raise
         raise InputError(f"too little memory ({reason}): {advice}") from error

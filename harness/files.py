@@ -94,12 +94,14 @@ def read_table(path, columns, rule=None, wanted=None, may_hold_more=False, hint=
     text = {"header": None, "dtype": str, "keep_default_na": False, "skip_blank_lines": False, "encoding": "utf-8-sig"}
     with refusing(f"{path} cannot be read as CSV in UTF-8", ValueError, OSError):  # ValueError: also a line too long
         with refusing(f"{path} does not exist", FileNotFoundError, advice=f"; {hint}"):
-            frame = pd.read_csv(path, **text)
+            with open(path, encoding="utf-8-sig") as file:
+                separated = set(";\t") & set(file.readline())
+        raise_all(path, ["its columns are separated by semicolons or tabs: save it with commas"] * bool(separated))
+        frame = pd.read_csv(path, **text)
     header = frame.iloc[0].tolist()
-    raise_all(path, ["its columns are separated by semicolons: save it with commas"] * (";" in header[0]))
     complaints = [f"lacks the column {name}" for name in columns if name not in header]
-    others = [name for name in header if name not in columns]
-    complaints += [f"has a column {name!r} that does not belong there (see CLASSES in utils.py)" for name in others]
+    complaints += [f"has a column {name!r} that does not belong there" for name in header if name not in columns]
+    complaints += ["the classes are CLASSES in utils.py"] * bool(set(columns[1:]) - set(header))
     complaints += [f"has the column {name} twice" for name in columns if header.count(name) > 1]
     raise_all(path, complaints)
     frame = frame.iloc[1:].set_axis(header, axis=1)[list(columns)]

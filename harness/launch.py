@@ -26,10 +26,7 @@ JOIN_TIMEOUT = 30 * 60  # seconds for the other processes: each machine may firs
 
 
 def find_processes():
-    """How this process finds those that torchrun or srun has started with it, for Lightning; how many in all; how many here.
-
-    In an allocation without srun (`#SBATCH -n 8` to get cores, a notebook) SLURM's variables are there, the others not.
-    """
+    """How this process finds those that torchrun or srun has started with it, for Lightning; how many in all; how many here."""
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment(), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     step, n = os.environ.get("SLURM_STEP_ID", "none"), int(os.environ.get("SLURM_NTASKS", 1))
@@ -121,6 +118,8 @@ def launch_folds(folds, kind, indices, num_workers):
         on = f"--gpus {index}" if kind == "cuda" else "--cpu_processes 1"
         more = f"{on} --num_workers {num_workers} --folds {fold}".split()
         code = subprocess.call([*words, *more], env=environment, preexec_fn=end_with_parent)
+        if code < 0:
+            say(f"the process of fold {fold} was killed ({signal.Signals(-code).name})")
         free.put(index)
         return code
 

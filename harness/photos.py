@@ -5,11 +5,11 @@ import inspect
 import math
 import re
 import shutil
-import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from unicodedata import normalize
 
 import cv2
 import numpy as np
@@ -40,17 +40,14 @@ pillow_heif.register_heif_opener()
 def read_photo(path):
     """Decode one photo, turned as its EXIF orientation says: uint8 (height, width, 3), RGB.
 
-    Its content decides the format. JPEG is decoded by OpenCV, all else by Pillow, what is transparent becomes white.
-    Raises InputError, naming the file, if it is missing, damaged or no photo.
+    Its content decides the format; what is transparent becomes white. Raises InputError for a missing or damaged photo.
     """
     path, photo = Path(path), None
     with refusing(f"{path} cannot be read", OSError):
-        if not path.exists():
+        if not path.is_file():  # to read a pipe could take for ever
             others = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
-            there = "".join(f" (there is {other.name}: rename it)" for other in others[:1])
-            raise InputError(f"{path} is missing{there}")
-        if path.is_fifo():  # to read it could take for ever
-            raise InputError(f"{path} is no file")
+            there = "".join(f" (there is {other.name}: rename it)" for other in others[:1] if other != path)
+            raise InputError(f"{path} is {'no file' if path.exists() else 'missing'}{there}")
         if not (content := path.read_bytes()):
             raise InputError(f"{path} is empty (0 bytes)")
     if content.startswith(b"\xff\xd8"):
@@ -118,8 +115,7 @@ class CachedImages:
 def cache_images(name, image_ids, data_dir, image_size, cache_dir, fit):
     """The photos `image_ids` of data_dir, decoded and resized once: CachedImages in their order.
 
-    name: of the cache, "train" or "test"; fit: the recipe's fit_photo. The file's name holds a key: it is built anew when
-    something has changed. Raises InputError with all photos that cannot be decoded, or if there is no room.
+    name: "train" or "test"; fit: fit_photo. Built anew if something changed. Raises InputError for photos or lack of room.
     """
     folder = Path(data_dir).resolve() / "images"
     if not folder.is_dir():
@@ -143,12 +139,9 @@ def cache_images(name, image_ids, data_dir, image_size, cache_dir, fit):
 
 def photo_paths(folder, image_ids):
     """The file of each photo, list of Path. A name may be spelt in either Unicode form: zips of a Mac spell é as e and ´."""
-    paths = []
-    for image_id in image_ids:
-        forms = [image_id, *(unicodedata.normalize(form, image_id) for form in ("NFC", "NFD"))]
-        spelt = [folder / f"{form}.jpg" for form in dict.fromkeys(forms)]
-        paths.append(spelt[0] if len(spelt) == 1 else next((path for path in spelt if path.exists()), spelt[0]))
-    return paths
+    forms = ([image_id, *(normalize(form, image_id) for form in ("NFC", "NFD"))] for image_id in image_ids)
+    spelt = ([folder / f"{name}.jpg" for name in dict.fromkeys(names)] for names in forms)
+    return [next((path for path in paths if paths[1:] and path.exists()), paths[0]) for paths in spelt]
 
 
 def cache_key(photos, image_size, fit):

@@ -15,13 +15,15 @@ TOLERANCE = 1e-3  # of probabilities in float32, from machine to machine
 PIXEL_TOLERANCE = 0.5  # of 255, on average: versions of OpenCV differ less
 
 
-def prepare_prediction(args, n_folds):
+def prepare_prediction(args, n_folds, classes):
     """Adopt the run's options, find and name the best checkpoint of each fold: DataFrame with fold and checkpoint.
 
-    Sets args.devices (list of torch.device), args.precision and args.fingerprint. Raises InputError if a fold is missing.
+    Sets devices (list of torch.device), precision, fingerprint, notes of args. Raises InputError if a fold is missing.
     """
     quiet_libraries()
     adopt_run_options(args)
+    if args.classes != list(classes):
+        raise InputError(f"{args.log_dir} was trained with CLASSES = {tuple(args.classes)}, utils.py has other ones")
     checkpoints = read_results(args.log_dir, args.folds)
     kind, indices = devices.choose_device(args.gpus, args.cpu_processes)
     if kind == "cuda":
@@ -35,7 +37,7 @@ def prepare_prediction(args, n_folds):
     args.fingerprint = [*map(digest, files), *digest_sources("inference.py").values()]
     if len(checkpoints) < n_folds:
         say(f"note: by the networks of {len(checkpoints)} of {n_folds} folds only")
-    note_differences(args.log_dir, args.folds)
+    args.notes = note_differences(args.log_dir, args.folds)
     say(f"{args.backbone} on {len(indices)} x {kind}, precision {args.precision}; from {args.log_dir}:")
     print(checkpoints.filter(regex="^(?!last_)").to_string(index=False), flush=True)
     return checkpoints

@@ -26,7 +26,7 @@ FREE_OPTIONS = {"cache_dir", "data_dir", "log_dir", "val_batch_size", "weights",
 FOLDERS = {"data_dir", "cache_dir"}
 FREE_IN_PREDICTION = FREE_OPTIONS - FOLDERS - {"weights", "soft_labels_filename"} | {"precision", "devices", "compile"}
 # What the folds of one log directory must share: without it their predictions cannot be put together.
-COMMON = {"image_size", "backbone", "seed", "limit", "train.csv", "the photos", "the folds"}
+COMMON = {"classes", "image_size", "backbone", "seed", "limit", "train.csv", "the photos", "the folds"}
 
 
 @cache
@@ -42,7 +42,7 @@ def source_files(script):
         for node in ast.walk(ast.parse(path.read_bytes(), name)):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
-                package = ".".join(path.relative_to(ROOT).parent.parts)
+                package = ".".join(path.relative_to(ROOT).parent.parts) or "_"  # from . import: in no package
                 base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
                 modules = [base, *(f"{base}.{alias.name}" for alias in node.names)]
             for parts in (module.split(".") for module in modules):
@@ -128,18 +128,19 @@ def list_changes(before, after):
 
 
 def note_differences(log_dir, folds):
-    """Say which of these folds, which are about to be put together, were trained differently from the first of them."""
-    records = {fold: read_record(record_path(log_dir, fold)) for fold in folds}
+    """Say, and return as texts, which of these folds, to be put together, were trained differently from the first of them."""
+    notes, records = [], {fold: read_record(record_path(log_dir, fold)) for fold in folds}
     for fold, record in records.items():
         if changes := "; ".join(list_changes(records[folds[0]], record).values()):
-            say(f"note: in {log_dir} fold {fold} was trained differently from fold {folds[0]}: {changes}")
+            notes.append(f"in {log_dir} fold {fold} was trained differently from fold {folds[0]}: {changes}")
+            say(f"note: {notes[-1]}")
+    return notes
 
 
 def open_log_dir(args, n_folds, record, folds, check_networks):
     """Compare a start with what the log directory holds, and record it. Returns locks, to be held during the training.
 
-    check_networks: function of finished folds that refuses networks that were edited. Raises InputError, before anything
-    is deleted, if another process trains one of these folds, or as compare_folds does.
+    check_networks: refuses finished folds whose network was edited, wherever. Raises InputError before it deletes anything.
     """
     log_dir = Path(args.log_dir)
     with lock_file(log_dir / ".hparams.lock"):
@@ -149,7 +150,7 @@ def open_log_dir(args, n_folds, record, folds, check_networks):
             locks.pop(fold).lock.release()
         if mine := " ".join(str(fold) for fold in args.folds if fold in busy):
             raise InputError(f"another process is training fold {mine} in {log_dir}: wait, or use another --log_dir")
-        compare_folds(args, n_folds, record, busy, check_networks)
+        check_networks(compare_folds(args, n_folds, record, busy))
         for leftover in log_dir.rglob(".*.part") if not busy else ():  # of processes that were killed
             remove(leftover)
         for fold in args.folds:
@@ -167,8 +168,8 @@ def open_log_dir(args, n_folds, record, folds, check_networks):
     return [lock for lock in locks.values() if lock]
 
 
-def compare_folds(args, n_folds, record, busy=(), check_networks=None):
-    """Raise InputError if folds that stay in the log directory, or that others train (busy), were trained differently.
+def compare_folds(args, n_folds, record, busy=()):
+    """The finished folds that stay in the log directory; InputError if one, or one in training, was trained differently.
 
     --accept_changes keeps finished folds only: what one in training goes on from holds the optimiser's own options.
     """
@@ -184,12 +185,11 @@ def compare_folds(args, n_folds, record, busy=(), check_networks=None):
             if others := "; ".join(f"{name} was {value}" for name, value in was if value != now.get(name)):
                 say(f"note: fold {fold} was begun in another environment ({others}): last digits may differ")
     if not changes:
-        return
+        return finished
     what, may_stay = "; ".join(changes.values()), not in_training and not COMMON & changes.keys()
     if args.accept_changes and may_stay:
-        if check_networks:
-            check_networks(finished)
-        return say(f"note: keeping the finished folds of {log_dir} in spite of: {what}")
+        say(f"note: keeping the finished folds of {log_dir} in spite of: {what}")
+        return finished
     if any(name.endswith(".py") for name in changes):
         what += f" (diff -r {log_dir / 'source' / before['source']} {ROOT})"
     if in_training:

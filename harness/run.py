@@ -90,6 +90,7 @@ class EpochLog(pl.Callback):
         if not math.isfinite(self.loss):
             anew = f"train it anew (--fresh --folds {self.fold}) with --precision 32 or a smaller --learning_rate"
             raise InputError(f"fold {self.fold} stopped: a loss of epoch {trainer.current_epoch} is not finite; {anew}")
+        trainer.callback_metrics.clear()  # Lightning keeps those of the epoch before where one is not logged again
 
     def on_train_epoch_end(self, trainer, module):
         row, names = {"epoch": trainer.current_epoch, "lr": self.lr}, trainer.callback_metrics.keys() - {"loss", "lr"}
@@ -97,7 +98,7 @@ class EpochLog(pl.Callback):
         self.rows.append(row | {"seconds": round(time.monotonic() - self.started, 2)})
         if trainer.is_global_zero:
             write_csv(self.path, pd.DataFrame(self.rows))
-            for name in ("lr", *sorted(names)):
+            for name in ("lr", *names):
                 self.board.add_scalar(name, self.rows[-1][name], trainer.current_epoch)
             self.board.flush()
         if not is_interactive():
@@ -137,7 +138,7 @@ class Run:
 
     def __init__(self, args, n_folds, classes):
         quiet_libraries()
-        self.args, self.n_folds, self.classes = args, n_folds, np.array(classes)
+        self.args, self.n_folds, self.classes, args.classes = args, n_folds, np.array(classes), list(classes)
         # recorded by their content; what an edit of the recipe reads besides is to be added here, before `begin`
         self.inputs = {"train.csv": Path(args.data_dir) / "train.csv", "soft labels": args.soft_labels_filename}
         self.kind, self.indices = devices.choose_device(args.gpus, args.cpu_processes)
@@ -184,8 +185,7 @@ class Run:
     def begin(self, data, weights, module, load, fit):
         """Meet the other processes, lock the folds, compare with what the log directory holds, and record this start.
 
-        module: what is trained; load, fit: what predictions will be made with. Raises InputError if the log directory
-        holds other folds, or another process trains one of these, or memory is too small for the block.
+        module: what is trained; load, fit: what predicts. Raises InputError for other folds, busy ones, too little memory.
         """
         args, self.data, self.load, self.fit = self.args, data, load, fit
         wait_for_all = self.joins and launch.join_processes(self)
@@ -210,8 +210,8 @@ class Run:
             if PREFIX is None:
                 network = f"{args.backbone}, {sum(part.numel() for part in module.parameters()):,} parameters"
                 say(f"{network}, from {weights or 'scratch'}, on {on}, {args.precision}")
-                photos = f"{len(data.folds)} photos, {sum(data.folds >= 0)} in {self.n_folds} folds"
-                say(f"{photos}; {args.max_epochs} epochs per fold")
+                n, n_folds = len(data.folds), self.n_folds
+                say(f"{n} photos, {sum(data.folds >= 0)} in {n_folds} folds; {args.max_epochs} epochs per fold")
             with devices.enough_memory(SMALLER_PARTS):
                 yield
 
@@ -254,9 +254,11 @@ class Run:
             return
         path = Path(trainer.checkpoint_callback.best_model_path)
         best = load_checkpoint(path)
-        result, last = {"fold": fold, "epoch": best["epoch"]}, {}
-        for name in filter(lambda name: name.startswith("val_"), self.log.rows[-1]):
-            result[name], last[f"last_{name}"] = (self.log.rows[epoch][name] for epoch in (best["epoch"], -1))
+        result, last, rows = {"fold": fold, "epoch": best["epoch"]}, {}, self.log.rows
+        for name in sorted(
+            {name for row in rows for name in row if name.startswith("val_")}
+        ):  # not in each epoch, perhaps
+            result[name], last[f"last_{name}"] = (rows[epoch].get(name, math.nan) for epoch in (best["epoch"], -1))
         photos = np.stack([self.data.images[int(row)] for row in best["validation"]["row"][:2]])
         of_fold = record.record_path(self.args.log_dir, fold)
         with atomic_write(of_fold.with_name("behaviour.npz")) as file:
@@ -292,5 +294,7 @@ class Run:
         record.note_differences(self.args.log_dir, results["fold"].tolist())
         for name in [name for name in results if f"last_{name}" in results and len(results) > 1]:
             best, last = (f"{results[of].mean():.4f} ± {results[of].std(ddof=0):.4f}" for of in (name, f"last_{name}"))
-            say(f"{name} of {len(results)} folds: {best} in the best epochs (optimistic), {last} in the last ones")
+            say(
+                f"{name} of {results[name].count()} folds: {best} in the best epochs (optimistic), {last} in the last ones"
+            )
         return out_of_fold

@@ -96,6 +96,8 @@ def test_a_home_folder_that_the_shell_has_left_is_found(monkeypatch):
         ("--soft_share 1.1", "argument --soft_share: 1.1 is not between 0 and 1"),
         ("--seed 5000000000", "argument --seed: 5000000000 is not between 0 and"),
         ("--gpus 0 --cpu_processes 1", "argument --cpu_processes: not allowed with argument --gpus"),
+        ("--batch_size 8", "unrecognized option --batch_size, did you mean --val_batch_size or --train_batch_size?"),
+        ("--lr 1e-4", "unrecognized option --lr, did you mean --lr_schedule?"),
         ("-t 8", "unrecognized option -t"),
         ("-tb 8", "unrecognized option -tb"),
         ("extra", "unrecognized arguments: extra"),
@@ -131,7 +133,8 @@ def test_gpus_that_are_not_there_and_what_to_type_instead(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "problem", ["The NVIDIA driver on your system is too old", "CUDA error: no kernel image is available"]
+    "problem",
+    ["The NVIDIA driver on your system is too old", "CUDA error: no kernel image is available", "CUDA out of memory"],
 )
 def test_a_gpu_that_torch_counts_but_cannot_use_is_named_at_once(problem, monkeypatch):
     """Never the CPU in silence. The errors are those of an old driver, and of a card that a build holds no code for."""
@@ -145,7 +148,7 @@ def test_a_gpu_that_torch_counts_but_cannot_use_is_named_at_once(problem, monkey
     check_gpus([0, 2])
     said = refusal(check_gpus, [0, 1])
     assert said.startswith(f"error: GPU 1 cannot be used ({problem}")
-    assert "install another build of torch or a newer driver" in said
+    assert "if its memory is full, wait" in said and "install another build of torch or a newer driver" in said
 
 
 def test_devices_that_cannot_share_the_batch_or_the_photos_to_validate_on_are_refused(monkeypatch):
@@ -238,6 +241,8 @@ OUT_OF_MEMORY = [
     "NCCL error: unhandled cuda error. Last error: Cuda failure 2 'out of memory'",
     "[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory",
     "could not create a primitive",
+    "CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY",
+    "cuDNN error: CUDNN_STATUS_HOST_ALLOCATION_FAILED",
 ]
 GPU_IS_FULL = "CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"
 
@@ -248,10 +253,15 @@ def fail(error):
 
 
 def test_errors_of_memory_are_recognised_whoever_raises_them():
-    for error in (torch.OutOfMemoryError(GPU_IS_FULL), MemoryError(), *map(RuntimeError, OUT_OF_MEMORY)):
+    no_process = OSError(12, "Cannot allocate memory")
+    for error in (torch.OutOfMemoryError(GPU_IS_FULL), MemoryError(), no_process, *map(RuntimeError, OUT_OF_MEMORY)):
         assert re.match(r"error: too little memory \([^\n]+\): do this$", refusal(fail, error))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         fail(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="peer access"):
+        fail(RuntimeError("NCCL error: Cuda failure 217 'peer access is not supported'"))
+    with pytest.raises(FileNotFoundError):
+        fail(FileNotFoundError(2, "No such file or directory"))
     with pytest.raises(RuntimeError, match="of the user"):  # of an edited augmentation, say
         fail(RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nan error of the user"))
     worker = RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed.")

@@ -126,6 +126,7 @@ WAYS = {  # how a file is reached: what stands at the top of models.py, what bef
     "in a function": ("", "            from pooling import pool\n\n", "pool(maps)"),
     "try": ("try:\n    from pooling import pool\nexcept ImportError:\n    pool = None\n", "", "pool(maps)"),
     "star": ("from pooling import *\n", "", "pool(maps)"),
+    "by name": ("import importlib\n\n", "", 'importlib.import_module("pooling").pool(maps)'),
 }
 
 
@@ -145,6 +146,8 @@ def test_a_prediction_by_another_network_is_refused_however_the_edit_is_reached(
     edited = "since fold 0 of logs was trained, LeafNet was edited"
     refused(predict(repo, tmp_path, check=False), edited, "--accept_chan")
     assert not (tmp_path / "soft_labels-folds=0,1.csv").exists()
+    if way == "by name":  # a file that is not known as a source, nor as changed: folds would be mixed without a word
+        refused(train(repo, sample, tmp_path, "--folds", 0, 1, 2, check=False), edited)
     if way == "import":
         assert f"in spite of this: {edited}" in predict(repo, tmp_path, "--accept_changes").stdout
         refused(train(repo, sample, tmp_path, "--accept_changes", check=False), edited)
@@ -182,6 +185,14 @@ def test_edits_that_change_nothing_or_the_training_alone_do_not_hinder_a_predict
     predict(repo, run, "--precision", "bf16")  # the comparison is in float32 all the same
 
 
+@pytest.mark.parametrize("classes", [("scab", *CLASSES[1:3], "healthy"), ("oak", "ash", "elm", "fir")])
+def test_a_prediction_under_other_class_names_is_refused(classes, repo, sample, run):
+    edit(repo / "utils.py", repr(CLASSES).replace("'", '"'), repr(classes))
+    refused(predict(repo, run, check=False), f"logs was trained with CLASSES = {CLASSES}")
+    words = [str(repo / "predict.py"), sample / "images" / "Test_0.jpg", "--folds", 0]
+    refused(run_script(*words, cwd=run, check=False), f"logs was trained with CLASSES = {CLASSES}")
+
+
 def test_kept_behaviour_that_is_lost_is_no_licence(repo, run):
     path = run / "logs" / "metrics" / "fold=1" / "behaviour.npz"
     path.write_bytes(path.read_bytes()[:-100])
@@ -207,6 +218,8 @@ def test_each_fold_says_what_trained_it_and_what_is_pooled_says_where_folds_diff
             assert (run / "logs" / "source" / record["source"] / name).read_text() == (files / name).read_text()
         assert not (run / "logs" / "source" / record["source"] / "inference.py").exists()
     assert differs in predict(repo, run, "--folds", 0, 2).stdout
+    run_script(str(repo / "error_analysis.py"), "--folds", 0, 2, "--num_workers", 0, "--worst", 1, cwd=run)
+    assert differs.removeprefix("note: ") in (run / "error_analysis-folds=0,2.html").read_text()
     assert "differently" not in predict(repo, run, "--folds", 0, 1).stdout
 
 
@@ -244,9 +257,21 @@ def test_one_more_metric_is_kept_also_where_a_fold_does_not_have_it(repo, sample
     more = 'self.log("val_rare", float(labels[:, 1].sum()) or float("nan"))'
     edit(repo / "models.py", '        self.log("val_roc_auc"', f'        {more}\n        self.log("val_roc_auc"')
     said = train(repo, sample, tmp_path).stdout
-    assert "val_rare of 2 folds: " in said and "out-of-fold AUC of 17 photos" in said
+    assert "val_rare of 1 folds: " in said and "out-of-fold AUC of 17 photos" in said
     assert pd.read_csv(tmp_path / "logs" / "results.csv")["val_rare"].isna().tolist() == [True, False]
     predict(repo, tmp_path)
+
+
+def test_a_metric_of_some_epochs_only_is_empty_in_the_others(repo, sample, tmp_path):
+    more = 'self.current_epoch % 2 or self.log("val_even", float(self.current_epoch))'
+    edit(repo / "models.py", '        self.log("val_roc_auc"', f'        {more}\n        self.log("val_roc_auc"')
+    said = train(repo, sample, tmp_path, "--max_epochs", 4).stdout
+    metrics = [pd.read_csv(tmp_path / "logs" / "metrics" / f"fold={fold}.csv")["val_even"] for fold in (0, 1)]
+    assert all(of.tolist()[::2] == [0, 2] and of[1::2].isna().all() for of in metrics)
+    results = pd.read_csv(tmp_path / "logs" / "results.csv")
+    even = results["epoch"] % 2 == 0
+    assert (results["val_even"][even] == results["epoch"][even]).all() and results["val_even"][~even].isna().all()
+    assert f"val_even of {even.sum()} folds: " in said and "val_loss of 2 folds: " in said
 
 
 # ---------------------------------------------------------------------------------------------- options, and a quick look
@@ -266,7 +291,9 @@ def test_options_change_what_they_say_and_are_recorded(sample, tmp_path):
 
 
 def test_a_part_of_the_photos_or_of_the_folds_overwrites_no_full_result(sample, tmp_path):
-    for name in ("submission.csv", "soft_labels.csv"):
+    full_names = ["submission.csv", "soft_labels.csv", "predictions.csv", "error_analysis.csv", "error_analysis.html"]
+    full_names.append("submission_mix.csv")
+    for name in full_names:
         (tmp_path / name).write_text("of the full data\n")
     train = ["train.py", "--data_dir", sample, *QUICK, "--folds", *range(5), "--log_dir", "quick"]
     run_script(*train, "--limit", 30, cwd=tmp_path)
@@ -280,7 +307,18 @@ def test_a_part_of_the_photos_or_of_the_folds_overwrites_no_full_result(sample, 
     assert (np.abs(labels.loc[chosen["image_id"]].sum() - labels.mean() * 30) <= 1).all()  # each class has its share
     part = pd.read_csv(tmp_path / "soft_labels-limit=30-folds=0,3.csv")
     assert set(part["image_id"]) == set(chosen["image_id"][chosen["fold"].isin([0, 3])])
-    for name in ("submission.csv", "soft_labels.csv"):
+    run_script("error_analysis.py", "--log_dir", "quick", "--folds", 0, "--num_workers", 0, cwd=tmp_path)
+    words = [sample / "images" / "Test_1.jpg", "--log_dir", "quick", "--folds", 0, 2, "--num_workers", 0]
+    run_script("predict.py", *words, cwd=tmp_path)
+    for name in (
+        "error_analysis-limit=30-folds=0.csv",
+        "error_analysis-limit=30-folds=0.html",
+        "predictions-folds=0,2.csv",
+    ):
+        assert (tmp_path / name).exists()
+    done = run_script("blend.py", "--submissions", *["submission-limit=30.csv"] * 2, cwd=tmp_path, check=False)
+    refused(done, "submission-limit=30.csv is of a part", "name another --output than submission_mix.csv")
+    for name in full_names:
         assert (tmp_path / name).read_text() == "of the full data\n"
     refused(run_script(*train, cwd=tmp_path, check=False), "limit was 30, is None")
     full = pd.read_csv(sample / "train.csv")  # soft labels of all photos: those that are left out do not disturb

@@ -138,7 +138,8 @@ def run_steps():
         shutil.copytree(outputs[0], WORKING, dirs_exist_ok=True, copy_function=shutil.copyfile)
     shutil.rmtree(REPO, ignore_errors=True)  # of another push in the same session
     unpack(PACKED["repository"], REPO)
-    unpack(PACKED["files"], WORKING)
+    for folder in (WORKING, REPO):  # where it is looked for beside the source file that reads it
+        unpack(PACKED["files"], folder)
     install()
     data = sorted(str(path.parent) for path in INPUT.rglob("train.csv") if (path.parent / "images").is_dir())
     if not data:
