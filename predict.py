@@ -17,7 +17,7 @@ from utils import CLASSES, decide, make_prediction_parser, name_labels, output_n
 
 def make_photo_parser():
     """What predict.py takes."""
-    parser = make_prediction_parser(__doc__)
+    parser = make_prediction_parser(__doc__, with_data=False)
     parser.add_argument(
         "photos", type=os.path.expanduser, nargs="+", metavar="PHOTO|FOLDER", help="what to classify; comes first"
     )

@@ -12,8 +12,8 @@ N_FOLDS = 5
 # ---------------------------------------------------------------------------------------------- command line
 
 
-def make_parser(doc, log_dir="logs"):
-    """What all scripts but blend.py and compare.py take; `doc` is the script's docstring."""
+def make_parser(doc, log_dir="logs", with_data=True):
+    """What all scripts but blend.py and compare.py take; `doc` is the script's docstring; with_data: all but predict.py."""
     from joblib import cpu_count  # knows what a container or a job may use; blend.py need not wait for it
 
     parser = Parser(doc)
@@ -22,15 +22,11 @@ def make_parser(doc, log_dir="logs"):
     gpus = {"type": not_negative, "nargs": "+", "metavar": "GPU"}
 
     files = parser.add_argument_group("files")
-    files.add_argument(
-        "--data_dir", type=file_or_folder, default="data", help="train.csv, test.csv, sample_submission.csv and images/"
-    )
-    files.add_argument(
-        "--log_dir", type=file_or_folder, default=log_dir, help="checkpoints, metrics and options of one training"
-    )
-    files.add_argument(
-        "--cache_dir", type=file_or_folder, default="image_cache", help="the photos, decoded and resized once"
-    )
+    path, about_data = {"type": file_or_folder}, "train.csv, test.csv, sample_submission.csv and images/"
+    files.add_argument("--log_dir", **path, default=log_dir, help="checkpoints, metrics and options of one training")
+    if with_data:
+        files.add_argument("--data_dir", **path, default="data", help=about_data)
+        files.add_argument("--cache_dir", **path, default="image_cache", help="the photos, decoded and resized once")
 
     networks = parser.add_argument_group("which networks")
     networks.add_argument(
@@ -114,9 +110,9 @@ def make_training_parser(doc):
     return parser
 
 
-def make_prediction_parser(doc, log_dir="logs"):
+def make_prediction_parser(doc, log_dir="logs", with_data=True):
     """What steps 2 and 4, predict.py and error_analysis.py take."""
-    parser = make_parser(doc, log_dir)
+    parser = make_parser(doc, log_dir, with_data)
     prediction = parser.add_argument_group("prediction")
     prediction.add_argument(
         "--tta_draws", type=positive, default=8, metavar="N", help="augmented views per test photo (TTA)"

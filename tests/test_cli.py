@@ -63,6 +63,26 @@ def test_what_cannot_be_printed_is_lost_and_the_work_goes_on(stdout, tmp_path):
         assert (tmp_path / "out").read_text().endswith("\\u53f6 \n") and done.stderr == "\\u66f4\n"
 
 
+WRITE = """
+import os, tempfile
+def refuse(*_, **__):
+    raise PermissionError(1, "Operation not permitted")
+def nowhere():
+    raise FileNotFoundError(2, "No usable temporary directory found")
+os.chmod = os.fchmod = os.chown = os.fchown = refuse
+tempfile._get_default_tempdir = nowhere
+import pandas as pd
+from harness.files import write_csv
+write_csv("new.csv", pd.DataFrame({"image_id": ["a"]}))
+"""
+
+
+def test_files_are_written_where_chmod_is_not_permitted_and_no_temporary_folder_has_room(tmp_path):
+    """On a Windows drive under WSL, or a CIFS mount; /tmp on a full disk."""
+    run_script("-c", WRITE, cwd=tmp_path, cold=True)
+    assert (tmp_path / "new.csv").read_text() == "image_id\na\n" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_the_originals_names_and_short_options():
     args = parse(*"-tbs 8 -vbs 4 -backbone resnet18 --gpus 0 1 --precision 16 --image_size 96 144".split())
     assert (args.train_batch_size, args.val_batch_size, args.backbone, args.gpus) == (8, 4, "resnet18", [0, 1])

@@ -300,6 +300,15 @@ def test_a_difference_is_not_claimed_where_nothing_can_be_known(tmp_path, said):
             assert (table.loc[figure] <= limit).all() or np.isinf(table.loc[figure]).all()
 
 
+def test_seeds_that_happen_to_agree_are_no_proof():
+    """As many wrong photos with both seeds, though others: an interval without a width would claim the exact truth."""
+    labels = ONE_HOT[np.arange(80) % 4]
+    wrong = range(8), [*range(4), *range(20, 29)], [*range(4, 8), *range(30, 39)]
+    runs = [0.9 * np.where(np.isin(np.arange(80), of)[:, None], labels[:, ::-1], labels) + 0.025 for of in wrong]
+    found = compare(labels, [runs[:1], runs[1:]], CLASSES)["wrong photos"]
+    assert found.value == 5 and (found.low, found.high) == (-np.inf, np.inf) and not found
+
+
 def test_what_train_py_leaves_is_compared(two_folds, sample, tmp_path, said):
     """Two real trainings: other seeds, the same folds; the figure is the one that train.py has said."""
     options = ["--data_dir", sample, *QUICK, "--folds", 0, 1, "--seed", 1, "--fold_seed", 2020]

@@ -343,6 +343,12 @@ def test_an_option_that_does_nothing_is_an_error(script, option, other, tmp_path
     )
 
 
+def test_what_predict_py_does_not_read_is_no_option_of_it(tmp_path):
+    for option in ("--data_dir", "--cache_dir"):
+        done = run_script("predict.py", "x.jpg", option, "y", cwd=tmp_path, check=False)
+        assert done.returncode == 2 and f"unrecognized option {option}" in done.stderr
+
+
 def test_what_a_notebook_or_a_cluster_hands_down_disturbs_nothing(sample, tmp_path):
     """matplotlib's backend of a notebook, which is not installed here; a temporary folder too long for a socket's name."""
     notebook = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}

@@ -51,6 +51,7 @@ def copy(tmp_path_factory):
         subprocess.run(["git", "init", "-q"], cwd=folder, check=True)  # where `git apply` would do nothing
         patch = ["patch", "-p1", "-F0", "-i", REPO / "experiments" / f"{name}.diff"]
         subprocess.run(patch, cwd=folder / "repo", check=True)
+        assert not list((folder / "repo").rglob("*.orig"))  # what patch leaves where a line number is not today's
 
     return lambda name: shared_folder(tmp_path_factory, f"with_{name}", lambda folder: fill(folder, name)) / "repo"
 

@@ -64,17 +64,22 @@ def run_session(script, root, how="whole"):
 
 @pytest.mark.slow
 def test_an_edited_recipe_is_packed_cut_short_and_continued_from_its_read_only_output(sample, tmp_path, make_root):
-    """The edit imports a file from a folder, and reads a CSV of an earlier run, which step 2 will write anew."""
+    """The edit imports a file from a folder, and reads a CSV of an earlier run, which step 2 will write anew, and one beside it."""
     repo = copy_recipe(tmp_path / "repo")
     shutil.copytree(REPO / "tools", repo / "tools")
     shutil.copy(REPO / "requirements.txt", repo)
     (repo / "losses").mkdir()
-    (repo / "losses" / "focal.py").write_text("from torch.nn.functional import cross_entropy\n")
+    (repo / "losses" / "focal.py").write_text(
+        "from pathlib import Path\nfrom torch.nn.functional import cross_entropy\n"
+        "assert (Path(__file__).parent / 'focal.json').read_text() == '{}'\n"
+    )
+    (repo / "losses" / "focal.json").write_text("{}")
     edit(repo / "models.py", "from torch import nn\n", "from torch import nn\nfrom losses import focal\n")
     edit(repo / "models.py", "F.cross_entropy(", "focal.cross_entropy(")
     edit(repo / "train.py", "    run.check(", "    run.inputs['pseudo labels'] = 'submission.csv'\n    run.check(")
     shutil.copy(sample / "sample_submission.csv", repo / "submission.csv")
-    for number, files in ((1, ["--files", "submission.csv"]), (2, [])):
+    beside = "losses/focal.json"
+    for number, files in ((1, ["--files", "submission.csv", beside]), (2, ["--files", beside])):
         words = ["somebody", "--session", number, "--out", f"push{number}", f"--options={OPTIONS}", *files]
         run_script("tools.kaggle", *words, cwd=repo, PYTHONPATH=str(repo))
     described = [json.loads((repo / f"push{n}" / "kernel-metadata.json").read_text()) for n in (1, 2)]
@@ -87,7 +92,7 @@ def test_an_edited_recipe_is_packed_cut_short_and_continued_from_its_read_only_o
     printed = run_session(repo / "push1" / "run.py", first, "cut")
     assert "python -m tools.kaggle NAME --session 2" in printed.splitlines()[-1]
     left = {path.name for path in (first / "working").iterdir() if not path.name.startswith(".")}
-    assert left == {"logs", "submission.csv"}  # no image cache
+    assert left == {"logs", "submission.csv", "losses"}  # no image cache
     packed = {path.relative_to(first / "temp" / "repository").parts[0] for path in first.glob("temp/repository/**/*")}
     assert "losses" in packed and not {"analysis", "tools", "tests", "compare.py", "predict.py"} & packed
 

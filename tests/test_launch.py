@@ -4,8 +4,11 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -114,8 +117,7 @@ def test_an_error_in_one_of_two_processes_ends_both_with_one_line(sample, tmp_pa
 
 def children(pid):
     """The processes that `pid` has started and that train, not its helpers."""
-    tasks = f"/proc/{pid}/task/{pid}/children"
-    found = open(tasks).read().split() if os.path.exists(tasks) else []
+    found = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
     return [int(child) for child in found if b"train.py" in open(f"/proc/{child}/cmdline", "rb").read()]
 
 
@@ -151,6 +153,31 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_with_a_message(sampl
     )
     assert script.stderr.splitlines()[-1].startswith(said)
     assert script.group_is_gone() and are_gone(ranks)
+
+
+@needs_proc
+def test_when_the_process_of_a_fold_is_killed_it_is_said(sample, tmp_path):
+    options = ["--folds", 0, 1, "--max_epochs", 5000, "--cpu_processes", 1, "--parallel_folds"]
+    script = start_script("train.py", "--data_dir", sample, *QUICK, *options, cwd=tmp_path, **ONE_THREAD)
+    for fold in (0, 1):
+        wait_until((tmp_path / "logs" / "metrics" / f"fold={fold}.csv").exists, script)
+        os.kill(children(script.pid)[0], signal.SIGKILL)
+    assert script.wait(60) == 1
+    assert [f"the process of fold {fold} was killed (SIGKILL)" in script.stdout for fold in (0, 1)] == [True, True]
+    assert script.stderr.splitlines()[-1].startswith("error: fold 0 1 failed, see above; the same command")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid(), reason="only root can name a machine anew")
+def test_processes_of_a_machine_whose_name_is_unknown_find_each_other(sample, tmp_path):
+    options = ["--data_dir", sample, *QUICK, "--folds", 0, "--cpu_processes", 2]
+    inside = ["unshare", "--uts", "sh", "-c", 'hostname no.such.host && exec "$0" "$@"', sys.executable]
+    if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
+        pytest.skip("no name space can be made here")
+    command = list(map(str, [*inside, REPO / "train.py", *options]))
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | ONE_THREAD, capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0 and "out-of-fold AUC of 9 photos" in done.stdout, done.stderr
 
 
 @needs_proc

@@ -156,6 +156,8 @@ def test_bad_photos_and_names_are_reported_and_skipped_and_equal_names_stay_apar
         assert np.abs(cv2.imread(str(path))[:, : photo.shape[1]] - photo).mean() < 6
     written = (tmp_path / "predictions.csv").read_bytes()
     assert classify("gone.jpg", refused=True).errors[-1] == "error: no photo could be read, nothing is written"
+    said = classify("orchard/north/leaf.jpg", "--output", "orchard/north/leaf.jpg", refused=True).errors[-1]
+    assert "is one of the photos" in said and (tmp_path / "orchard/north/leaf.jpg").read_bytes() == north.read_bytes()
     assert (tmp_path / "predictions.csv").read_bytes() == written
 
 
