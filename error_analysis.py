@@ -32,20 +32,20 @@ import imagehash
 import numpy as np
 import pandas as pd
 from cleanlab.filter import find_label_issues
-from jinja2 import Environment, FileSystemLoader
 from joblib import cpu_count
 from PIL import Image
 from tqdm import tqdm
 
 from analysis import figures
 from analysis.heat_maps import count_cells, data_uri, heat_maps, overlay, shrink
+from analysis.page import write_page
 from dataset import fit_photo, read_train
 from harness.console import say
-from harness.files import atomic_write, check_writable, write_csv
+from harness.files import check_writable, write_csv
 from harness.photos import photo_paths, read_photo
 from harness.record import read_folds, read_own_csv
 from inference import load_trained, predict, predict_out_of_fold, tta_views
-from utils import column_aucs, decide, log_losses, mean_auc, name_labels, output_name, parse_labels
+from utils import column_aucs, decide, log_losses, mean_auc, name_labels, parse_labels
 
 THUMBNAIL = 120  # longest side in pixels: there is one of every photo
 CONFIDENT = 2  # right and most certain photos of each class that get heat maps
@@ -185,19 +185,9 @@ def draw_charts(table, aucs, metrics, best):
     }
 
 
-def write_page(path, page):
-    """Fill the page's template, error_analysis_page.html.jinja, with a dict, and write it whole or not at all."""
-    loader = FileSystemLoader(Path(__file__).parent / "analysis")
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True)
-    template = environment.get_template("error_analysis_page.html.jinja")
-    with atomic_write(path, "w") as file:
-        file.write(template.render(classes=CLASSES, colours=figures.colours(len(CLASSES)), **page))
-
-
 def main(args):
+    check_writable("error_analysis.html", "error_analysis.csv")
     checkpoints, networks = load_trained(args)
-    page_name, csv_name = (output_name(f"error_analysis.{kind}", args.limit, args.folds) for kind in ("html", "csv"))
-    check_writable(page_name, csv_name)
     names = ("epoch", "lr", "train_loss", "val_loss", "val_roc_auc")
     metrics = {fold: read_own_csv(Path(args.log_dir) / "metrics" / f"fold={fold}.csv", names) for fold in args.folds}
     train = read_train(args).reset_index(drop=True)
@@ -224,14 +214,14 @@ def main(args):
     charts = draw_charts(table, aucs, metrics, dict(zip(checkpoints["fold"], checkpoints["epoch"], strict=True)))
     page = show_least_certain(args, table, paths, networks) | {"args": args, "auc": auc, "aucs": aucs, "charts": charts}
     table = table.round(6)
-    write_csv(csv_name, table)
+    write_csv("error_analysis.csv", table)
     rows = table.assign(row=table.index, thumbnail=thumbnails).astype(object).replace({np.nan: None})
     page |= {"photos": rows.to_dict("records"), "pictures": pictures, "worst": worst, "confident": confident}
     page |= {"suspects": suspects, "pairs": pairs, "contradicting": contradicting, "leaking": leaking}
     page["confusion"] = labels.T.astype(int) @ decide(probabilities)
-    write_page(page_name, page)
+    write_page("error_analysis.html", "error_analysis_page.html.jinja", page)
     say(
-        f"wrote {page_name} and {csv_name}: {len(table)} photos, out-of-fold AUC {auc:.5f}, "
+        f"wrote error_analysis.html and error_analysis.csv: {len(table)} photos, out-of-fold AUC {auc:.5f}, "
         f"{table['wrong'].sum()} wrong, {len(suspects)} suspect labels, {len(pairs)} pairs of near-duplicates "
         f"({len(contradicting)} of contradicting labels, {len(leaking)} in different folds)"
     )

@@ -1,18 +1,19 @@
 """Classify new photos with the networks of a training.
 
   python predict.py leaf.jpg orchard/ --log_dir logs_submit_distill
-  python predict.py orchard/ --tta --heat_maps heat_maps
+  python predict.py orchard/ --tta --page predictions.html
 
 Reads   the photos, of any size, also those in folders and in the folders below them; LOG_DIR (checkpoints, records).
 Writes  predictions.csv: each photo as you named it, and its probabilities, the mean of the folds' networks;
-        with --heat_maps one picture per photo: the photo, and beside it where the networks saw the predicted class.
+        with --page also a page to look at: each photo, its probabilities, and where the networks saw the predicted class;
+        with --heat_maps the same pictures as files, one per photo.
 Expect  the same as a table. A photo that cannot be read is named and left out; the exit status is then 1.
 """
 
 import os
 
 from harness.console import file_or_folder, parse_args
-from utils import CLASSES, decide, make_prediction_parser, name_labels, output_name
+from utils import CLASSES, decide, make_prediction_parser, name_labels
 
 
 def make_photo_parser():
@@ -23,6 +24,7 @@ def make_photo_parser():
     )
     group, path = parser.add_argument_group("new photos"), {"type": file_or_folder}
     group.add_argument("--tta", action="store_true", help="predict the mean of augmented views, as steps 2 and 4 do")
+    group.add_argument("--page", **path, metavar="HTML", help="also write a page with photos, probabilities, heat maps")
     group.add_argument("--heat_maps", **path, metavar="FOLDER", help="also write pictures of where the networks looked")
     group.add_argument("--output", **path, default="predictions.csv", metavar="CSV", help="file for the probabilities")
     parser.needs["tta_draws"] = "tta"
@@ -42,7 +44,8 @@ from joblib import cpu_count
 from PIL import Image
 from tqdm import tqdm
 
-from analysis.heat_maps import SHOWN, count_cells, heat_maps, overlay, shrink
+from analysis.heat_maps import SHOWN, count_cells, data_uri, heat_maps, overlay, shrink
+from analysis.page import write_page
 from dataset import LeafDataset, fit_photo, load_photo
 from harness.console import InputError, say
 from harness.files import atomic_write, check_writable, write_csv
@@ -130,22 +133,38 @@ def classify(args, networks, images, names):
     return probabilities.astype(np.float64).reshape(len(networks), len(images), -1).mean(0)
 
 
-def draw_heat_map(path, photo, predicted, args, networks):
-    """Write a photo beside its heat map for the class number `predicted`, the mean of the networks' maps, as JPEG."""
+def look_at(path, number, args, networks):
+    """A photo, and it under its heat map for this class number, the mean of the networks' maps: two uint8 (h, w, 3)."""
+    photo = read_photo(path)
     image = fit_photo(photo, args.image_size)[None]
-    heat = np.mean([heat_maps(network, image, [predicted])[0] for network in networks.values()], axis=0)
+    heat = np.mean([heat_maps(network, image, [number])[0] for network in networks.values()], axis=0)
     photo = shrink(photo, 2 * SHOWN)
-    with atomic_write(path) as file:
-        picture = Image.fromarray(np.hstack([photo, overlay(photo, heat)]))
-        picture.save(file, "JPEG", quality=90, comment=HEAT_MAP)
+    return photo, overlay(photo, heat)
+
+
+def show_heat_maps(args, networks, done, predictions, names):
+    """Write the pictures and the page. done: list of Path; predictions: DataFrame; names: the decided labels, texts."""
+    count_cells(networks[args.folds[0]], load_photo(done[0], args.image_size))
+    probabilities, photos = predictions[list(CLASSES)], []
+    for row, path in enumerate(tqdm(done, "heat maps", unit="photo")):
+        k = probabilities.iloc[row].argmax()
+        pictures = look_at(path, k, args, networks)
+        if args.heat_maps:
+            stem = path.stem.encode()[:LONGEST_NAME].decode(errors="ignore")
+            name = f"{row + 1:04d}-{stem}-{CLASSES[k]}.jpg".replace("/", "_")
+            with atomic_write(Path(args.heat_maps) / name) as file:
+                Image.fromarray(np.hstack(pictures)).save(file, "JPEG", quality=90, comment=HEAT_MAP)
+        if args.page:
+            entry = {"name": predictions["image"][row], "decided": names[row], "class": CLASSES[k]}
+            entry |= zip(("picture", "heat_map"), (data_uri(shrink(picture)) for picture in pictures), strict=True)
+            photos.append(entry | {"probabilities": probabilities.iloc[row].to_dict()})
+    if args.page:
+        write_page(args.page, "predictions_page.html.jinja", {"args": args, "photos": photos})
+        say(f"wrote {args.page}")
 
 
 def main(args):
-    if "output" not in args.typed:
-        args.output = output_name(args.output, None, args.folds)
-    check_writable(args.output)
-    if args.heat_maps is not None:
-        check_writable(Path(args.heat_maps) / "map.jpg")
+    check_writable(args.output, *filter(None, [args.page, args.heat_maps and f"{args.heat_maps}/map.jpg"]))
     paths, empty = find_photos(args.photos)
     if Path(args.output).resolve() in {path.resolve() for path in paths}:
         raise InputError(f"--output {args.output} is one of the photos: name another file")
@@ -167,17 +186,12 @@ def main(args):
     # a spreadsheet would take a name that begins so for a formula
     predictions.insert(0, "image", [f"./{path}" if str(path)[0] in "=+-@" else str(path) for path in done])
     write_csv(args.output, predictions)
-    predicted = predictions[list(CLASSES)].to_numpy().argmax(1)
     names = name_labels(decide(predictions[list(CLASSES)].to_numpy()))
     table = predictions.assign(prediction=names)[["image", "prediction", *CLASSES]]
     print(table.to_string(index=False, float_format="{:.3f}".format), flush=True)
     say(f"wrote {args.output}: {len(predictions)} photos")
-    if args.heat_maps is not None:
-        count_cells(networks[args.folds[0]], load_photo(done[0], args.image_size))
-    for number, path in enumerate(tqdm(done, "heat maps", unit="photo") if args.heat_maps else [], 1):
-        stem, k = path.stem.encode()[:LONGEST_NAME].decode(errors="ignore"), predicted[number - 1]
-        name = f"{number:04d}-{stem}-{CLASSES[k]}.jpg".replace("/", "_")
-        draw_heat_map(Path(args.heat_maps) / name, read_photo(path), k, args, networks)
+    if args.heat_maps or args.page:
+        show_heat_maps(args, networks, done, predictions, names)
     bad = len(paths) - len(predictions)
     if bad or empty:
         raise InputError(f"{bad} of {len(paths)} photos could not be read, {empty} folders held none, see above")

@@ -1,4 +1,4 @@
-"""Where a network looked: Grad-CAM maps, laid over the photo. What error_analysis.py and predict.py share."""
+"""Where a network looked: class activation maps, laid over the photo. What error_analysis.py and predict.py share."""
 
 import base64
 
@@ -14,30 +14,26 @@ STRENGTH = 0.6  # its opacity at the hottest place; cold ones leave the photo as
 
 
 def cell_maps(network, images, classes):
-    """Grad-CAM (arXiv 1610.02391) on the last convolutional stage: float32 (n, rows, columns) of its cells.
+    """Class activation maps (arXiv 1512.04150): float32 (n, rows, columns) of the cells of the last convolutional stage.
 
     network: LeafNet in evaluation mode; images: uint8 (n, height, width, 3); classes: n class numbers, what each map is
-    about. 0 is what speaks for the class no more than an average place. Computed on the network's device.
+    about. Batch norm, pooling and linear layer are all linear, so that a logit is the mean of what each cell adds to it,
+    but for its bias and the L2 norm, one positive number per photo. This is what a cell adds to the logit less the mean
+    of all classes' (softmax is blind to that), above the average cell; below it is 0.
     """
     found = []
-
-    def start_graph(module, inputs, maps):  # here, so that nothing is computed backwards through the backbone
-        found.append(maps.detach().requires_grad_())
-        return found[0]
-
-    network.requires_grad_(False)
-    hook = network.maps.register_forward_hook(start_graph)
-    try:
-        images = torch.from_numpy(np.ascontiguousarray(images)).to(network.mean.device)
-        logits = network.logits(network.normalise(images))
-    finally:
-        hook.remove()
-    (gradient,) = torch.autograd.grad(logits[range(len(logits)), list(classes)].sum(), found)
-    # The head's batch norm may as well stand before the average pooling: the logits are the same, and it subtracts its
-    # means there. Without that, L2 normalisation leaves every map with an offset, often below 0 at all places at once.
-    centred = found[0].detach() - network.bn.running_mean[:, None, None]
-    heat = (gradient.mean((2, 3), keepdim=True) * centred).sum(1).relu()
-    return heat.cpu().numpy()
+    hook = network.maps.register_forward_hook(lambda module, inputs, maps: found.append(maps))
+    with torch.inference_mode():
+        try:
+            images = torch.from_numpy(np.ascontiguousarray(images)).to(network.mean.device)
+            network.logits(network.normalise(images))
+        finally:
+            hook.remove()
+        maps = found[0].float()
+        cells = network.bn(maps.flatten(2).transpose(1, 2).flatten(0, 1)).unflatten(0, (len(maps), -1))
+        weights = (network.fc.weight - network.fc.weight.mean(0))[list(classes)]
+        heat = torch.einsum("npf,nf->np", cells, weights)
+        return (heat - heat.mean(1, keepdim=True)).relu().unflatten(1, maps.shape[2:]).cpu().numpy()
 
 
 def heat_maps(network, images, classes):

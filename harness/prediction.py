@@ -22,8 +22,8 @@ def prepare_prediction(args, n_folds, classes):
     """
     quiet_libraries()
     adopt_run_options(args)
-    if args.classes != list(classes):
-        raise InputError(f"{args.log_dir} was trained with CLASSES = {tuple(args.classes)}, utils.py has other ones")
+    if (trained := getattr(args, "classes", list(classes))) != list(classes):  # runs of before have not recorded them
+        raise InputError(f"{args.log_dir} was trained with CLASSES = {tuple(trained)}, utils.py has other ones")
     checkpoints = read_results(args.log_dir, args.folds)
     kind, indices = devices.choose_device(args.gpus, args.cpu_processes)
     if kind == "cuda":

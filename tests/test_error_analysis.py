@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import QUICK, copy_recipe, edit, run_script, shared_folder
 from selenium import webdriver
-from selenium.webdriver.support.ui import WebDriverWait
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 import models
 from analysis import figures
@@ -145,7 +145,7 @@ def test_a_heat_map_lies_where_the_network_looked_and_is_not_mirrored():
 
 
 def test_heat_maps_do_not_depend_on_folding(trained, monkeypatch):
-    """That they are Grad-CAM is tested in test_timm.py."""
+    """That they are class activation maps is tested in test_timm.py."""
     folded, photos = load_trained(trained), [trained / "leaves" / "images" / f"Test_{k}.jpg" for k in range(4)]
     monkeypatch.setattr(models, "fold_batch_norm", lambda module: None)
     unfolded, images = load_trained(trained), np.stack([load_photo(path, (64, 96)) for path in photos])
@@ -426,3 +426,32 @@ def test_the_page_fits_a_phone_in_the_dark_and_every_picture_is_decoded(page, tm
     fields = "[...document.querySelectorAll('input, select, button')]"
     assert run(f"return {fields}.filter(one => !one.labels?.length && !one.textContent)") == []
     assert run(f"return {fields}.length") > 10
+
+
+def test_the_page_of_predictions_is_sorted_and_filtered_and_fits_a_phone(browser, trained, tmp_path):
+    images = trained / "leaves" / "images"
+    photos = [images / f"Test_{k}.jpg" for k in range(12)]
+    run_script("predict.py", *photos, "--page", "page.html", "--log_dir", trained / "logs", "--folds", 0, cwd=tmp_path)
+    found = pd.read_csv(tmp_path / "predictions.csv").set_index("image")
+    set_screen(browser, 390, "dark")
+    browser.get((tmp_path / "page.html").as_uri())
+
+    def shown():
+        cards = "[...document.querySelectorAll('#cards > .card:not([hidden])')]"
+        return browser.execute_script(f"return {cards}.map(card => card.dataset.name)")
+
+    def choose(field, value):
+        Select(find(browser, f"#{field}")).select_by_value(str(value))
+
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+    assert shown() == [str(path) for path in photos] and find(browser, "#count").text == "12 of 12 photos"
+    choose("sort", CLASSES.index("rust"))
+    assert shown() == found["rust"].sort_values(ascending=False, kind="stable").index.tolist()
+    choose("sort", "certain")
+    assert shown() == found.max(axis=1).sort_values(kind="stable").index.tolist()
+    name = found.idxmax(axis=1).iloc[0]
+    choose("class", name)
+    assert set(shown()) == set(found.index[found.idxmax(axis=1) == name])
+    find(browser, "#search").send_keys("test_1")
+    assert all("Test_1" in path for path in shown())
+    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []

@@ -1,6 +1,7 @@
 """predict.py on photos of all kinds: the numbers, and what becomes of bad ones."""
 
 import argparse
+import base64
 import io
 import os
 import re
@@ -232,6 +233,7 @@ def test_where_nothing_can_be_written_is_told_before_the_work(classify, run_of_f
         "--output pipe": "cannot write pipe: it is no ordinary file",
         "--output .": "cannot write .: it is a folder",
         "--heat_maps a.jpg": "cannot write a.jpg/",
+        "--page a.jpg/x.html": "cannot write a.jpg/x.html",
     }.items():
         done = classify("a.jpg", *options.split(), refused=True)
         assert f"error: {said}" in done.errors[-1] and "photos x" not in "".join(done.errors)
@@ -239,3 +241,20 @@ def test_where_nothing_can_be_written_is_told_before_the_work(classify, run_of_f
     for script, name in ((generate_soft_labels, "submission-folds=0.csv"), (error_analysis, "error_analysis.csv")):
         (tmp_path / name).mkdir()
         assert f"cannot write {name}: it is a folder" in refusal(script.main, run_of_fold_0[0])
+
+
+def test_the_page_shows_each_photo_its_probabilities_and_where_the_networks_looked(classify, leaf, trained, tmp_path):
+    """It asks for nothing beside itself. How it is in a browser is tested in test_error_analysis.py."""
+    photos = {f"<b>{k}.jpg": (trained / "leaves" / "images" / f"Test_{k}.jpg").read_bytes() for k in range(6)}
+    fill(tmp_path / "in", photos)
+    done = classify("in", "--page", "page.html", "--heat_maps", "maps")
+    text, found = (tmp_path / "page.html").read_text(), done.table
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", text) and "url(" not in text
+    assert "<b>0.jpg" not in text and text.count("&lt;b&gt;") == 3 * 6
+    shown = [base64.b64decode(uri) for uri in re.findall(r'<img src="data:image/jpeg;base64,([^"]+)"', text)]
+    assert len(shown) == 12
+    for number, path in enumerate(sorted((tmp_path / "maps").iterdir())):  # photo and map, as in the picture on disk
+        both = np.hstack([cv2.imdecode(np.frombuffer(one, np.uint8), 1) for one in shown[2 * number : 2 * number + 2]])
+        assert np.abs(both.astype(int) - cv2.resize(cv2.imread(str(path)), both.shape[1::-1])).mean() < 6
+    for (_, row), name in zip(found.iterrows(), found.idxmax(axis=1), strict=True):
+        assert f"what speaks for <b>{name.replace('_', ' ')}</b>, {100 * row[name]:.0f}&nbsp;%" in text

@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 import yaml
 from conftest import QUICK, REPO, refusal, run_script, shared_folder
 from safetensors.torch import load_file, save, save_file
@@ -301,19 +300,21 @@ def test_an_interrupted_training_ends_with_the_same_bytes(trained, sample, tmp_p
 
 
 def test_heat_maps_are_those_of_the_networks_own_maps(trained, sample):
-    """Grad-CAM with the head's batch norm before the pooling, computed once more from the network's parts."""
+    """What each place adds to a logit, computed once more from the network's parts; its mean is the logit."""
     network = load_network(next((trained[0] / "logs").glob("fold=0-epoch=1*.ckpt")), SMALL_NET)
     names = pd.read_csv(sample / "test.csv")["image_id"][:4]
     images = np.stack([load_photo(sample / "images" / f"{name}.jpg", (64, 96)) for name in names])
     found = heat_maps(network, images, [0, 1, 2, 3])
     with torch.no_grad():
         features = compute_maps(network.backbone, network.normalise(torch.from_numpy(images)))
-    assert features.shape == (4, 576, 2, 3)
-    early = (features - network.bn.running_mean[:, None, None]).detach().requires_grad_()
-    scale = network.bn.weight / (network.bn.running_var + network.bn.eps).sqrt()
-    logits = network.fc(F.normalize(early.mean((2, 3)) * scale, dim=1))
-    logits[range(4), range(4)].sum().backward()
-    cells = (early.grad.mean((2, 3), keepdim=True) * early).sum(1).relu().detach().numpy()
+        assert features.shape == (4, 576, 2, 3)
+        scale = network.bn.weight / (network.bn.running_var + network.bn.eps).sqrt()
+        places = (features - network.bn.running_mean[:, None, None]) * scale[:, None, None]
+        added = torch.einsum("nfrc,kf->nkrc", places, network.fc.weight)
+        logits = added.mean((2, 3)) / places.mean((2, 3)).norm(dim=1)[:, None] + network.fc.bias
+        torch.testing.assert_close(logits, network(torch.from_numpy(images)), atol=1e-4, rtol=0)
+    added = (added - added.mean(1, keepdim=True))[range(4), range(4)]
+    cells = (added - added.mean((1, 2), keepdim=True)).relu().numpy()
     assert found.shape == (4, 64, 96) and np.ptp(cells, axis=(1, 2)).min() > 0
     for heat, cell in zip(found, cells, strict=True):
         resized = cv2.resize((cell - cell.min()) / np.ptp(cell), (96, 64))
