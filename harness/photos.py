@@ -44,7 +44,7 @@ def read_photo(path):
     """
     path, photo = Path(path), None
     with refusing(f"{path} cannot be read", OSError):
-        if not path.is_file():  # to read a pipe could take for ever
+        if not path.exists() or path.is_fifo():  # to read a pipe could take for ever
             others = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
             there = "".join(f" (there is {other.name}: rename it)" for other in others[:1] if other != path)
             raise InputError(f"{path} is {'no file' if path.exists() else 'missing'}{there}")

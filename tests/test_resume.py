@@ -383,6 +383,7 @@ class Harmful:
 def test_checkpoints_that_are_damaged_or_would_run_code_are_refused_by_name(run, sample, tmp_path):
     predict = ["generate_soft_labels.py", "--folds", 0, 1]
     checkpoint = next((run / "logs").glob("fold=0-*.ckpt"))
+    harmless = checkpoint.read_bytes()
     torch.save({"state_dict": Harmful(tmp_path / "ran")}, checkpoint)
     torch.load(checkpoint, weights_only=False)
     assert (tmp_path / "ran").exists()  # it is harmful
@@ -390,6 +391,7 @@ def test_checkpoints_that_are_damaged_or_would_run_code_are_refused_by_name(run,
     done = run_script(*predict, cwd=run, check=False)
     refused(done, f"{checkpoint.name} cannot be loaded as a checkpoint")
     assert not (tmp_path / "ran").exists()
+    checkpoint.write_bytes(harmless)
     checkpoint = next((run / "logs").glob("fold=1-*.ckpt"))
     os.truncate(checkpoint, 1_000_000)
     checkpoint.rename(run / "logs" / "fold=1-last.ckpt")  # a resume point
