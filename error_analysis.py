@@ -37,7 +37,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from analysis import figures
-from analysis.heat_maps import count_cells, data_uri, heat_maps, overlay, shrink
+from analysis.heat_maps import count_cells, data_uri, mark_photo, shrink
 from analysis.page import write_page
 from dataset import fit_photo, read_train
 from harness.console import say
@@ -147,12 +147,10 @@ def explain(path, entry, network, image_size):
     entry: its row of the table; network: of its fold, which has not seen it. Returns a dict: photo; maps, a list of
     (class, whether it is a label, data URI).
     """
-    photo, (label, predicted) = read_photo(path), parse_labels(entry[["label", "predicted"]])
+    label, predicted = parse_labels(entry[["label", "predicted"]])
     about = [*np.flatnonzero(label), *np.flatnonzero(predicted & ~label)]
-    maps = heat_maps(network, np.stack([fit_photo(photo, image_size)] * len(about)), about) if about else ()
-    small = shrink(photo)
-    uris = [data_uri(overlay(small, heat)) for heat in maps]
-    return {"photo": data_uri(small), "maps": [(CLASSES[k], label[k], uri) for k, uri in zip(about, uris, strict=True)]}
+    photo, *maps = map(data_uri, mark_photo(path, about, [network], image_size))
+    return {"photo": photo, "maps": [(CLASSES[k], label[k], uri) for k, uri in zip(about, maps, strict=True)]}
 
 
 def show_least_certain(args, table, paths, networks):

@@ -44,12 +44,12 @@ from joblib import cpu_count
 from PIL import Image
 from tqdm import tqdm
 
-from analysis.heat_maps import SHOWN, count_cells, data_uri, heat_maps, overlay, shrink
+from analysis.heat_maps import SHOWN, count_cells, data_uri, mark_photo, shrink
 from analysis.page import write_page
-from dataset import LeafDataset, fit_photo, load_photo
+from dataset import LeafDataset, load_photo
 from harness.console import InputError, say
 from harness.files import atomic_write, check_writable, write_csv
-from harness.photos import open_with_pillow, read_photo
+from harness.photos import open_with_pillow
 from inference import load_trained, predict, predict_tta
 
 AT_ONCE = 256  # photos in memory
@@ -133,22 +133,13 @@ def classify(args, networks, images, names):
     return probabilities.astype(np.float64).reshape(len(networks), len(images), -1).mean(0)
 
 
-def look_at(path, number, args, networks):
-    """A photo, and it under its heat map for this class number, the mean of the networks' maps: two uint8 (h, w, 3)."""
-    photo = read_photo(path)
-    image = fit_photo(photo, args.image_size)[None]
-    heat = np.mean([heat_maps(network, image, [number])[0] for network in networks.values()], axis=0)
-    photo = shrink(photo, 2 * SHOWN)
-    return photo, overlay(photo, heat)
-
-
 def show_heat_maps(args, networks, done, predictions, names):
     """Write the pictures and the page. done: list of Path; predictions: DataFrame; names: the decided labels, texts."""
     count_cells(networks[args.folds[0]], load_photo(done[0], args.image_size))
     probabilities, photos = predictions[list(CLASSES)], []
     for row, path in enumerate(tqdm(done, "heat maps", unit="photo")):
         k = probabilities.iloc[row].argmax()
-        pictures = look_at(path, k, args, networks)
+        pictures = mark_photo(path, [k], networks.values(), args.image_size, longest=2 * SHOWN)
         if args.heat_maps:
             stem = path.stem.encode()[:LONGEST_NAME].decode(errors="ignore")
             name = f"{row + 1:04d}-{stem}-{CLASSES[k]}.jpg".replace("/", "_")

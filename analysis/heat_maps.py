@@ -6,7 +6,9 @@ import cv2
 import numpy as np
 import torch
 
+from dataset import fit_photo
 from harness.console import say
+from harness.photos import read_photo
 
 SHOWN = 360  # longest side of a photo that is shown, in pixels
 HEAT = (230, 0, 160)  # magenta, which neither leaves nor spots have
@@ -66,6 +68,15 @@ def overlay(photo, heat):
     heat = np.clip(cv2.resize(np.ascontiguousarray(heat), photo.shape[1::-1], interpolation=cv2.INTER_CUBIC), 0, 1)
     opacity = STRENGTH * heat[..., None]
     return (photo * (1 - opacity) + np.array(HEAT) * opacity).astype(np.uint8)
+
+
+def mark_photo(path, classes, networks, image_size, longest=SHOWN):
+    """A photo, and it under its heat map for each of the class numbers, the mean of the networks': list of uint8 (h, w, 3)."""
+    photo = read_photo(path)
+    images = np.stack([fit_photo(photo, image_size)] * len(classes))
+    heats = np.mean([heat_maps(network, images, classes) for network in networks], axis=0)
+    photo = shrink(photo, longest)
+    return [photo, *(overlay(photo, heat) for heat in heats)]
 
 
 def data_uri(picture, quality=80):
