@@ -1,0 +1,102 @@
+"""README and docs: links lead somewhere, named files exist, every typed command is one that its script accepts."""
+
+import re
+import shlex
+import unicodedata
+
+import pytest
+from conftest import REPO, run_script
+
+PAGES = sorted(
+    [
+        *REPO.glob("README*.md"),
+        *REPO.glob("docs/*.md"),
+        *REPO.glob("results/*/README.md"),
+        *REPO.glob("[dl]*/README.md"),
+    ]
+)
+WRITTEN = (
+    "soft_labels submission submission_distill submission_mix predictions error_analysis train test sample_submission"
+)
+WRITTEN = {f"{name}.csv" for name in f"{WRITTEN} folds results out_of_fold".split()} | {"hparams.yaml", "behaviour.npz"}
+WRITTEN |= {"error_analysis.html", "predictions.html", "gpu_check.json", "run.py", "kernel-metadata.json"}
+
+
+def anchors(page):
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    letters = (
+        "".join(c for c in text.lower() if c in " -_" or unicodedata.category(c)[0] in "LN") for text in headings
+    )
+    return {text.replace(" ", "-") for text in letters}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" not in target:
+            name, _, anchor = target.partition("#")
+            path = (page.parent / name) if name else page
+            assert path.exists(), target
+            assert not anchor or anchor in anchors(path), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+def test_files_that_are_named_exist_or_are_written_by_a_step(page):
+    for name in re.findall(
+        r"`((?:[\w.-]+/)*[\w-]+\.(?:py|md|txt|yml|yaml|csv|html|json|diff|png|jpg|sh|npz))`", page.read_text()
+    ):
+        if name == "checkpoint_connector.py":  # Lightning's
+            continue
+        places = [page.parent, REPO, *(REPO / room for room in ("harness", "analysis", "tests", "tools", "docs"))]
+        assert name.split("/")[-1] in WRITTEN or any((place / name).exists() for place in places), name
+
+
+def typed(page):
+    """The commands in a page's blocks and lines of code that begin with python: lists of words, from the script on."""
+    text = page.read_text()
+    lines = [
+        line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.replace("\\\n", " ").splitlines()
+    ]
+    for line in lines + re.findall(r"`(python [^`\n]+)`", text):
+        if found := re.match(r"\s*(?:\S+/)?python3? (.*)", line):
+            yield shlex.split(found[1], comments=True)
+
+
+@pytest.mark.slow
+def test_every_typed_command_is_one_that_its_script_accepts(tmp_path):
+    known = {}
+    for page in PAGES:
+        for words in typed(page):
+            module = words[0] == "-m"
+            script = words[module].removeprefix("../")
+            if not (module and script.startswith("tools.") or (REPO / script).suffix == ".py"):
+                continue
+            if script not in known:
+                known[script] = set(re.findall(r"(?<![\w-])--?\w+", run_script(script, "--help", cwd=tmp_path).stdout))
+            options = {word.split("=")[0] for word in words[1 + module :] if re.match("--?[a-zA-Z]", word)}
+            assert options <= known[script], f"{page.name}: {' '.join(words)}"
+    assert {
+        "train.py",
+        "generate_soft_labels.py",
+        "blend.py",
+        "compare.py",
+        "predict.py",
+        "tools.kaggle",
+    } <= known.keys()
+
+
+def test_options_that_the_text_names_exist(tmp_path):
+    """--option in running text: of some script, or of another program that is named there."""
+    scripts = [path.name for path in REPO.glob("*.py") if path.stem not in ("dataset", "models", "inference", "utils")]
+    tools = [f"tools.{path.stem}" for path in REPO.glob("tools/[!_]*.py")]
+    known = {
+        option
+        for script in scripts + tools
+        for option in re.findall(r"--\w+", run_script(script, "--help", cwd=tmp_path).stdout)
+    }
+    others = "dry shm nnodes node_rank nproc_per_node master_addr master_port logdir array nodes kill wrap requeue cpus ntasks index"
+    others = {f"--{name}" for name in others.split()}  # of patch, docker, torchrun, tensorboard, sbatch, pip, kaggle
+    for page in PAGES:
+        found = set(re.findall(r"(?<![\w-])--[a-z]\w+", page.read_text()))
+        assert found <= known | others, f"{page.name}: {found - known - others}"
