@@ -8,6 +8,9 @@ from harness.console import InputError, Parser, file_or_folder, not_negative, pi
 
 CLASSES = ("healthy", "multiple_diseases", "rust", "scab")
 N_FOLDS = 5
+TAKEN = "image_id image fold label prediction predicted wrong loss suspect suspected_label near_duplicates none".split()
+if isinstance(CLASSES, str) or len(set(CLASSES) - set(TAKEN)) < max(2, len(CLASSES)) or "|" in "".join(CLASSES):
+    raise InputError(f"CLASSES in utils.py: two or more different names, without | and none of {', '.join(TAKEN)}")
 
 # ---------------------------------------------------------------------------------------------- command line
 

@@ -85,8 +85,8 @@ def digest(content):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_table(path, columns, rule=None, wanted=None, may_hold_more=False, hint="see the README for the data's layout"):
-    """Read a CSV file whose columns are `columns`: image_id, unique names of files, then numbers; returns a DataFrame.
+def read_table(path, columns, rule=None, wanted=None, may_hold_more=False, texts=(), hint="see the README"):
+    """Read a CSV file whose columns are `columns`: unique names of files, then numbers, or texts; returns a DataFrame.
 
     rule: function of the numbers, float (n, k), to n texts: what is wrong with each row, or ""; wanted: the ids that must
     be there, in this order, and no others unless may_hold_more. Raises InputError with all that is wrong with the file.
@@ -108,12 +108,12 @@ def read_table(path, columns, rule=None, wanted=None, may_hold_more=False, hint=
     frame = frame[(frame != "").any(axis=1)]  # blank lines
     raise_all(path, ["has no rows"] * frame.empty)
 
-    ids, numbers = frame["image_id"], frame[list(columns[1:])].map(to_number)
+    ids, numbers = frame[columns[0]], frame[[name for name in columns[1:] if name not in texts]].map(to_number)
     plain = ids.str.fullmatch(PLAIN_NAME) & ids.map(str.isprintable) & (ids == ids.str.strip())
     wrong = {
-        "has no image_id": ids == "",
-        "has an image_id that is no plain file name (nor may it begin with . = + - @)": ~plain & (ids != ""),
-        "repeats an image_id": ids.duplicated() & (ids != ""),
+        **{f"has no {name}": frame[name] == "" for name in (columns[0], *texts)},
+        f"has an {ids.name} that is no plain file name (nor may it begin with . = + - @)": ~plain & (ids != ""),
+        f"repeats an {ids.name}": ids.duplicated() & (ids != ""),
         **{f"has no number for {name}": ~np.isfinite(numbers[name]) for name in numbers},
     }
     problems = [(row, what) for what, rows in wrong.items() for row in ids.index[rows]]
@@ -126,7 +126,7 @@ def read_table(path, columns, rule=None, wanted=None, may_hold_more=False, hint=
         extra = sorted(set(ids) - set(wanted)) if not may_hold_more else []
         complaints += [f"has a row for {name!r}, which is not wanted" for name in extra]
     raise_all(path, complaints)
-    table = numbers.astype(float).set_index(ids)
+    table = numbers.astype(float).join(frame[list(texts)]).set_index(ids)
     return (table if wanted is None else table.loc[list(wanted)]).reset_index()
 
 

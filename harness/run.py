@@ -177,7 +177,7 @@ class Run:
         for fold in self.args.folds:
             positives = labels[folds == fold].sum(0)
             if np.isin(positives, (0, sizes[fold])).all():
-                raise InputError(f"fold {fold} holds photos of one class only: no AUC to choose a checkpoint by")
+                raise InputError(f"fold {fold} holds photos of one class only, so no AUC: type another --fold_seed")
             for name in self.classes[positives == 0] if PREFIX is None else ():
                 say(f"note: fold {fold} has no photo of {name}; its AUC is the mean of the other classes")
 

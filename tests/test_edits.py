@@ -185,6 +185,17 @@ def test_edits_that_change_nothing_or_the_training_alone_do_not_hinder_a_predict
     predict(repo, run, "--precision", "bf16")  # the comparison is in float32 all the same
 
 
+@pytest.mark.parametrize(
+    "classes", ['("rust")', '("rust",)', '("rust", "rust")', '("label", "fold")', '("a|b", "c")', '("none", "rust")']
+)
+@pytest.mark.parametrize("script", ["train.py", "blend.py", "compare.py"])
+def test_class_names_that_cannot_be_are_refused_by_every_script(script, classes, repo, tmp_path):
+    edit(repo / "utils.py", f"CLASSES = {CLASSES}".replace("'", '"'), f"CLASSES = {classes}")
+    refused(
+        run_script(str(repo / script), cwd=tmp_path, check=False), "CLASSES in utils.py: two or more different names"
+    )
+
+
 @pytest.mark.parametrize("classes", [("scab", *CLASSES[1:3], "healthy"), ("oak", "ash", "elm", "fir")])
 def test_a_prediction_under_other_class_names_is_refused(classes, repo, sample, run):
     edit(repo / "utils.py", repr(CLASSES).replace("'", '"'), repr(classes))

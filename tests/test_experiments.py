@@ -228,7 +228,15 @@ def test_photos_with_several_labels_go_through_all_steps_in_the_format_of_2021(c
     assert "what speaks for <b>scab</b>, its label" in page and "rust|scab" in page
     run("predict.py", sample / "images" / "Test_1.jpg", "--num_workers", 0)
 
-    names[3] = "rust mildew"
-    pd.DataFrame({"image": rendered["image_id"] + ".jpg", "labels": names}).to_csv(data / "train.csv", index=False)
-    refused = run_script(str(repo / "train.py"), *quick, "--log_dir", "other", cwd=tmp_path, check=False)
-    assert refused.returncode == 1 and "has the labels mildew: add them to CLASSES" in refused.stderr
+    images = rendered["image_id"] + ".jpg"
+    for column, value, said in (
+        ("labels", "rust mildew", "has the labels mildew: add them to CLASSES"),
+        ("labels", "", "line 5 ('Train_3.jpg') has no labels"),
+        ("image", "Train_0.jpg", "line 5 ('Train_0.jpg') repeats an image"),
+        ("other", "", "has a column 'other' that does not belong there"),
+    ):
+        table = pd.DataFrame({"image": images, "labels": names})
+        table.loc[3, column] = value
+        table.to_csv(data / "train.csv", index=False)
+        refused = run_script(str(repo / "train.py"), *quick, "--log_dir", "other", cwd=tmp_path, check=False)
+        assert refused.returncode == 1 and said in refused.stderr and "Traceback" not in refused.stderr, refused.stderr

@@ -204,10 +204,22 @@ def test_a_folder_of_photos_goes_through_all_steps_after_the_edit_that_the_error
         assert done.returncode == status, done.stderr
         return done.stdout if status == 0 else done.stderr
 
+    for words, complaint in (
+        (["rust"], "rust holds 0 folders: one for each class is needed"),
+        (["orchard", "--test", "orchard/rust"], "--test and --out must not be in orchard"),
+        (["orchard", "--out", "orchard/rust/data"], "--test and --out must not be in orchard"),
+        (["nowhere"], "nowhere cannot be read (No such file"),
+        (["orchard", "--test", "nowhere"], "orchard holds other classes"),
+    ):
+        assert complaint in run("tools.make_data_dir", *words, status=1)
     refused = run("tools.make_data_dir", "orchard", "--test", "rust", status=1)
     (line,) = re.findall(r"edit its line to (CLASSES = .*)\n$", refused)
     edit(repo / "utils.py", f"CLASSES = {json.dumps(CLASSES)[1:-1].join('()')}", line)
+    assert "nowhere is no folder of photos" in run("tools.make_data_dir", "orchard", "--test", "nowhere", status=1)
+    (own / "loose.jpg").write_bytes(photo.read_bytes())
     said = run("tools.make_data_dir", "orchard", "--test", "rust", "--out", "data")
+    assert "note: 1 left out of orchard, as in no class: loose.jpg" in said
+    (own / "loose.jpg").unlink()
     assert "43 labelled photos (healthy " in said and ", 11 without a label" in said
     data = tmp_path / "data"
     train, test = (pd.read_csv(data / f"{name}.csv") for name in ("train", "test"))

@@ -21,14 +21,21 @@ import pandas as pd
 
 from harness.console import InputError, Parser, file_or_folder, parse_args, refusing, say
 from harness.files import write_csv
-from predict import find_photos
+from predict import OF_SYSTEMS, find_photos
 from utils import CLASSES
 
 
 def check_classes(folder):
     """Raise InputError if the folders in `folder` are not the classes."""
     with refusing(f"{folder} cannot be read", OSError):
-        found = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+        inside = sorted(
+            path for path in folder.iterdir() if path.name[0] != "." and path.name.lower() not in OF_SYSTEMS
+        )
+    found = [path.name for path in inside if path.is_dir()]
+    if loose := [path.name for path in inside if not path.is_dir()]:
+        say(f"note: {len(loose)} left out of {folder}, as in no class: {', '.join(loose[:5])}")
+    if len(found) < 2:
+        raise InputError(f"{folder} holds {len(found)} folders: one for each class is needed, two or more")
     if found != sorted(CLASSES):
         names = ", ".join(json.dumps(name, ensure_ascii=False) for name in found)
         raise InputError(f"{folder} holds other classes than utils.py: edit its line to CLASSES = ({names})")
@@ -69,6 +76,10 @@ def main():
     out = Path(args.out)
     if out.exists():
         raise InputError(f"{out} exists: delete it, or name another --out")
+    if Path(args.folder).resolve() in {
+        parent for path in (args.test or ".", out) for parent in Path(path).resolve().parents
+    }:
+        raise InputError(f"--test and --out must not be in {args.folder}, which holds the classes")
     check_classes(Path(args.folder))
     taken = set()
     of_class = {name: name_photos(Path(args.folder, name), taken) for name in CLASSES}
