@@ -20,7 +20,8 @@ PREFIX = os.environ.get("PLANT_PATHOLOGY_PREFIX")  # set where train.py has star
 MAIN_PROCESS = os.getpid()  # loaders' workers are forked from it
 GO_ON = "the same command (without --fresh) goes on from there"
 # what Lightning and torch say about settings that we made on purpose, and about each other
-HARMLESS = "many workers|in eval mode|Checkpoint directory|LeafSpec|sync_dist=True|lr_scheduler.step.. before|parameter 'pretrained'"
+HARMLESS = "many workers|in eval mode|Checkpoint directory|LeafSpec|sync_dist=True|lr_scheduler.step.. before"
+HARMLESS += "|parameter 'pretrained'"
 
 
 class InputError(SystemExit):

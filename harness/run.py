@@ -255,9 +255,8 @@ class Run:
         path = Path(trainer.checkpoint_callback.best_model_path)
         best = load_checkpoint(path)
         result, last, rows = {"fold": fold, "epoch": best["epoch"]}, {}, self.log.rows
-        for name in sorted(
-            {name for row in rows for name in row if name.startswith("val_")}
-        ):  # not in each epoch, perhaps
+        names = {name for row in rows for name in row if name.startswith("val_")}  # some epochs may lack one
+        for name in sorted(names):
             result[name], last[f"last_{name}"] = (rows[epoch].get(name, math.nan) for epoch in (best["epoch"], -1))
         photos = np.stack([self.data.images[int(row)] for row in best["validation"]["row"][:2]])
         of_fold = record.record_path(self.args.log_dir, fold)
@@ -294,7 +293,6 @@ class Run:
         record.note_differences(self.args.log_dir, results["fold"].tolist())
         for name in [name for name in results if f"last_{name}" in results and len(results) > 1]:
             best, last = (f"{results[of].mean():.4f} ± {results[of].std(ddof=0):.4f}" for of in (name, f"last_{name}"))
-            say(
-                f"{name} of {results[name].count()} folds: {best} in the best epochs (optimistic), {last} in the last ones"
-            )
+            n = results[name].count()
+            say(f"{name} of {n} folds: {best} in the best epochs (optimistic), {last} in the last ones")
         return out_of_fold
