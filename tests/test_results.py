@@ -49,7 +49,7 @@ def test_the_pictures_of_the_docs_can_be_drawn(trained, tmp_path, monkeypatch):
     for name in ("FOLDER", "DOCS"):
         monkeypatch.setattr(make_figures, name, tmp_path)
     make_figures.main()
-    for name in ("augmentations.png", "tta.png"):
+    for name in ("prediction.png", "augmentations.png", "tta.png"):
         assert cv2.imread(str(tmp_path / name)).std() > 10
-    titles = [title for title, _ in make_figures.tta_pictures("Test_4")]
+    titles = [title for title, _ in make_figures.tta_pictures("Test_4", *make_figures.load_fold_0())]
     assert len(titles) == 9 and titles[0].startswith("mean of the views\nhealthy 0.")

@@ -3,11 +3,12 @@
   python -m tools.make_figures
 
 Reads   demo/: sample/, logs/ (run `make demo` first).
-Writes  docs/augmentations.png, docs/tta.png.
+Writes  docs/prediction.png, docs/augmentations.png, docs/tta.png.
 """
 
 from analysis.figures import augmentation_pictures, plt
-from dataset import fit_photo
+from analysis.heat_maps import mark_photo
+from dataset import LeafDataset, fit_photo
 from harness.console import Parser, parse_args
 from harness.files import read_table
 from harness.photos import read_photo
@@ -16,6 +17,7 @@ from tools.demo import FOLDER, REPO
 from utils import CLASSES, make_prediction_parser
 
 DOCS = REPO / "docs"
+MAP_SIZE = (128, 192)  # twice that of the training: a heat map of 4 x 6 cells, not 2 x 3
 SIZE = (256, 384)  # the sample's own, so that resizing blurs nothing
 
 
@@ -30,10 +32,29 @@ def draw_grid(path, pictures, columns, width):
     figure.savefig(path, dpi=90)
 
 
-def tta_pictures(image_id):
-    """The views of a test photo, with what the network of fold 0 predicts on average and for each: (title, picture)."""
+def load_fold_0():
+    """The arguments of a prediction by the network of fold 0, and that network: dict of fold to LeafNet."""
     args = parse_args(make_prediction_parser(__doc__, str(FOLDER / "logs")), ["--folds", "0", "--num_workers", "0"])
-    _, networks = load_trained(args)
+    return args, load_trained(args)[1]
+
+
+def describe(title, values):
+    """A title, and below it the probability of each class."""
+    parts = (f"{name.split('_')[0]} {value:.2f}" for name, value in zip(CLASSES, values, strict=True))
+    return f"{title}\n{', '.join(parts)}"
+
+
+def prediction_pictures(image_id, args, networks):
+    """A test photo with its probabilities, and where the network saw the likeliest class: two (title, picture)."""
+    path = FOLDER / "sample" / "images" / f"{image_id}.jpg"
+    image = fit_photo(read_photo(path), args.image_size)[None]
+    values = predict(networks, LeafDataset(image, [image_id]), [(0, 0, 0)], args, image_id)[0]
+    photo, marked = mark_photo(path, [int(values.argmax())], networks.values(), MAP_SIZE)
+    return [(describe("a photo", values), photo), (f"what speaks for {CLASSES[values.argmax()]}\n", marked)]
+
+
+def tta_pictures(image_id, args, networks):
+    """The views of a test photo, with what the network of fold 0 predicts on average and for each: (title, picture)."""
     photo = read_photo(FOLDER / "sample" / "images" / f"{image_id}.jpg")
     (seen, n), (shown, _) = (tta_views(args, [image_id], [fit_photo(photo, size)]) for size in (args.image_size, SIZE))
     keys = [(0, view, 0) for view in range(n)]
@@ -41,8 +62,7 @@ def tta_pictures(image_id):
     titles = ["mean of the views", *(f"view {view + 1}" for view in range(n))]
     pictures = [fit_photo(photo, SIZE), *(shown[key]["image"].numpy() for key in keys)]
     for title, picture, values in zip(titles, pictures, [of_views.mean(0), *of_views], strict=True):
-        predicted = (f"{name.split('_')[0]} {value:.2f}" for name, value in zip(CLASSES, values, strict=True))
-        yield f"{title}\n{', '.join(predicted)}", picture
+        yield describe(title, values), picture
 
 
 def main():
@@ -50,7 +70,9 @@ def main():
     train = read_table(FOLDER / "sample" / "train.csv", ("image_id", *CLASSES), hint="run make demo first")
     photo = read_photo(FOLDER / "sample" / "images" / f"{train['image_id'][train['rust'] == 1].iloc[0]}.jpg")
     draw_grid(DOCS / "augmentations.png", augmentation_pictures(fit_photo(photo, SIZE)), columns=4, width=3)
-    draw_grid(DOCS / "tta.png", list(tta_pictures("Test_4")), columns=3, width=4)
+    args, networks = load_fold_0()
+    draw_grid(DOCS / "prediction.png", prediction_pictures("Test_32", args, networks), columns=2, width=4)
+    draw_grid(DOCS / "tta.png", list(tta_pictures("Test_4", args, networks)), columns=3, width=4)
 
 
 if __name__ == "__main__":
