@@ -398,6 +398,11 @@ def test_a_cache_that_has_no_room_is_refused_before_the_work_or_leaves_nothing(p
     assert_right(build(photos, (8, 8), cache=small_disk), photos, (8, 8))
     with patch.object(np.lib.format, "open_memmap", side_effect=OSError(errno.ENODEV, "No such device")):
         assert "another --cache_dir may help" in refusal(build, photos, (8, 8), cache=small_disk)
+    decoded = []
+    monkeypatch.setattr(photos_room, "read_photo", lambda path: decoded.append(path))
+    with patch.object(np, "memmap", side_effect=OSError(errno.ENODEV, "No such device")):  # told before the work
+        said = refusal(photos_room.build_cache, photos / "other.npy", [photos / "a.jpg"], (1, 8, 8, 3), None, "decode")
+    assert "into memory (No such device); name another folder with --cache_dir" in said and not decoded
 
 
 def test_a_cache_is_built_by_as_many_threads_as_there_are_cores_to_use(photos, monkeypatch):

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# The recipe on real leaves from ImageNet weights, on two cores; README.md beside this file says what came of it.
+#
+#   bash results/leaves/pretrained/run.sh DATA_DIR WEIGHTS WORK_DIR
+#
+# Reads   DATA_DIR: train.csv, test.csv, sample_submission.csv, images/; WEIGHTS: what tools.convert_weights has written.
+#         Needs `python` with the packages of requirements.txt and timm, and `patch`.
+# Writes  WORK_DIR/seed=N/: log directories and CSV files of each seed; WORK_DIR/NAME/: the recipe with an experiment.
+#         Typed again after an interruption it goes on.
+set -euo pipefail
+
+REPO=$(realpath "$(dirname "$0")/../../..") DATA=$(realpath "$1") WEIGHTS=$(realpath "$2") WORK=$(realpath -m "$3")
+MORE="--data_dir $DATA --num_workers 1 --cache_dir $WORK/image_cache"
+TRAIN="--train_batch_size 32 --backbone timm/tf_efficientnet_lite0 --weights $WEIGHTS --image_size 128 128
+       --max_epochs 10 --keep_checkpoints 1 --fold_seed 2020"
+
+recipe() {  # NAME: a copy of the recipe with that experiment
+    [ -e "$WORK/$1" ] && return
+    rm -rf "$WORK/$1.tmp" && mkdir -p "$WORK/$1.tmp"
+    (cd "$REPO" && cp -r ./*.py analysis harness "$WORK/$1.tmp")
+    (cd "$WORK/$1.tmp" && patch -p1 --quiet -i "$REPO/experiments/$1.diff")
+    mv "$WORK/$1.tmp" "$WORK/$1"  # only when it is whole
+}
+
+run() {  # FOLDER RECIPE SCRIPT OPTIONS…: once; what it prints goes to FOLDER/SCRIPT-….txt
+    mkdir -p "$WORK/$1" && cd "$WORK/$1"
+    local log; log=$3-$(echo "${@:2}" | sha256sum | cut -c1-8).txt
+    [ -e "$log" ] && return
+    echo "[$(date +%T)] $1: ${*:3}"
+    python "$2/$3" "${@:4}" > "$log.part" 2>&1 || { tail -n 3 "$log.part"; exit 1; }
+    mv "$log.part" "$log"
+    grep -oE "(out-of-fold AUC of|wrote).*" "$log" | tail -n 3 || true
+}
+
+round_1() {  # SEED
+    run "seed=$1" "$REPO" train.py $TRAIN $MORE --seed "$1"
+    run "seed=$1" "$REPO" generate_soft_labels.py $MORE
+}
+
+round_2() {  # SEED
+    run "seed=$1" "$REPO" train.py $TRAIN $MORE --seed "$1" --soft_labels_filename soft_labels.csv --log_dir logs_submit_distill
+    run "seed=$1" "$REPO" generate_distilled_submission.py $MORE
+    run "seed=$1" "$REPO" blend.py
+}
+
+by_row() {  # SEED
+    recipe soft_labels_by_row
+    run "seed=$1" ../soft_labels_by_row train.py $TRAIN $MORE --seed "$1" --soft_labels_filename soft_labels.csv --log_dir logs_by_row
+    mkdir -p "$WORK/seed=$1/by_row"
+    run "seed=$1/by_row" "$REPO" generate_distilled_submission.py $MORE --log_dir ../logs_by_row
+    run "seed=$1/by_row" "$REPO" blend.py --submissions ../submission.csv submission_distill.csv
+}
+
+round_1 2020
+round_2 2020
+by_row 2020
+for seed in 1 2; do
+    round_1 $seed
+    round_2 $seed
+done
