@@ -5,7 +5,7 @@ import shlex
 import unicodedata
 
 import pytest
-from conftest import REPO, run_script
+from conftest import REPO, start_script
 
 PAGES = sorted(
     [
@@ -64,39 +64,24 @@ def typed(page):
 
 
 @pytest.mark.slow
-def test_every_typed_command_is_one_that_its_script_accepts(tmp_path):
-    known = {}
+def test_every_typed_command_and_every_option_that_is_named_exists(tmp_path):
+    scripts = [path.name for path in REPO.glob("*.py") if path.stem not in ("dataset", "models", "inference", "utils")]
+    scripts += [f"tools.{path.stem}" for path in REPO.glob("tools/[!_]*.py")]
+    started = {script: start_script(script, "--help", cwd=tmp_path) for script in scripts}
+    assert all(script.wait() == 0 for script in started.values())
+    known = {name: set(re.findall(r"(?<![\w-])--?\w+", script.stdout)) for name, script in started.items()}
+    seen, anywhere = set(), set().union(*known.values())
+    # of patch, docker, torchrun, tensorboard, sbatch, pip
+    others = "dry shm nnodes node_rank nproc_per_node master_addr master_port logdir array nodes kill wrap requeue cpus"
+    anywhere |= {f"--{name}" for name in f"{others} ntasks index".split()}
     for page in PAGES:
         for words in typed(page):
             module = words[0] == "-m"
             script = words[module].removeprefix("../")
-            if not (module and script.startswith("tools.") or (REPO / script).suffix == ".py"):
-                continue
-            if script not in known:
-                known[script] = set(re.findall(r"(?<![\w-])--?\w+", run_script(script, "--help", cwd=tmp_path).stdout))
-            options = {word.split("=")[0] for word in words[1 + module :] if re.match("--?[a-zA-Z]", word)}
-            assert options <= known[script], f"{page.name}: {' '.join(words)}"
-    assert {
-        "train.py",
-        "generate_soft_labels.py",
-        "blend.py",
-        "compare.py",
-        "predict.py",
-        "tools.kaggle",
-    } <= known.keys()
-
-
-def test_options_that_the_text_names_exist(tmp_path):
-    """--option in running text: of some script, or of another program that is named there."""
-    scripts = [path.name for path in REPO.glob("*.py") if path.stem not in ("dataset", "models", "inference", "utils")]
-    tools = [f"tools.{path.stem}" for path in REPO.glob("tools/[!_]*.py")]
-    known = {
-        option
-        for script in scripts + tools
-        for option in re.findall(r"--\w+", run_script(script, "--help", cwd=tmp_path).stdout)
-    }
-    others = "dry shm nnodes node_rank nproc_per_node master_addr master_port logdir array nodes kill wrap requeue cpus ntasks index"
-    others = {f"--{name}" for name in others.split()}  # of patch, docker, torchrun, tensorboard, sbatch, pip, kaggle
-    for page in PAGES:
-        found = set(re.findall(r"(?<![\w-])--[a-z]\w+", page.read_text()))
-        assert found <= known | others, f"{page.name}: {found - known - others}"
+            if script in known:
+                options = {word.split("=")[0] for word in words[1 + module :] if re.match("--?[a-zA-Z]", word)}
+                assert options <= known[script], f"{page.name}: {' '.join(words)}"
+                seen.add(script)
+        named = set(re.findall(r"(?<![\w-])--[a-z]\w+", page.read_text()))
+        assert named <= anywhere, f"{page.name}: {named - anywhere}"
+    assert {"train.py", "generate_soft_labels.py", "blend.py", "compare.py", "predict.py", "tools.kaggle"} <= seen

@@ -186,9 +186,16 @@ def test_edits_that_change_nothing_or_the_training_alone_do_not_hinder_a_predict
 
 
 @pytest.mark.parametrize(
-    "classes", ['("rust")', '("rust",)', '("rust", "rust")', '("label", "fold")', '("a|b", "c")', '("none", "rust")']
+    "script, classes",
+    [
+        ("train.py", '("rust")'),
+        ("blend.py", '("rust",)'),
+        ("compare.py", '("rust", "rust")'),
+        ("train.py", '("label", "fold")'),
+        ("predict.py", '("a|b", "c")'),
+        ("generate_soft_labels.py", '("none", "rust")'),
+    ],
 )
-@pytest.mark.parametrize("script", ["train.py", "blend.py", "compare.py"])
 def test_class_names_that_cannot_be_are_refused_by_every_script(script, classes, repo, tmp_path):
     edit(repo / "utils.py", f"CLASSES = {CLASSES}".replace("'", '"'), f"CLASSES = {classes}")
     refused(
