@@ -171,9 +171,8 @@ def show_least_certain(args, table, paths, networks):
     return page | {"photo_as_seen": data_uri(shrink(photo)), "cells": count_cells(network, photo)}
 
 
-def draw_charts(table, aucs, metrics, best):
-    """All curves of the page, dict of name to SVG. aucs: float (k,); metrics, best: as of figures.draw_epochs."""
-    labels, probabilities = parse_labels(table["label"]), table[list(CLASSES)].to_numpy()
+def draw_charts(labels, probabilities, aucs, metrics, best):
+    """All curves of the page, dict of name to SVG. Arguments as of figures.draw_roc and figures.draw_epochs."""
     return {
         "roc": figures.draw_roc(labels, probabilities, aucs),
         "reliability": figures.draw_reliability(labels, probabilities),
@@ -209,7 +208,8 @@ def main(args):
     }
     for row in {*suspects[: args.worst], *sum(contradicting[: args.worst] + leaking[: args.worst], ())} - set(pictures):
         pictures[row] = {"photo": data_uri(shrink(read_photo(paths[row])))}
-    charts = draw_charts(table, aucs, metrics, dict(zip(checkpoints["fold"], checkpoints["epoch"], strict=True)))
+    best = dict(zip(checkpoints["fold"], checkpoints["epoch"], strict=True))
+    charts = draw_charts(labels, probabilities, aucs, metrics, best)
     page = show_least_certain(args, table, paths, networks) | {"args": args, "auc": auc, "aucs": aucs, "charts": charts}
     table = table.round(6)
     write_csv("error_analysis.csv", table)

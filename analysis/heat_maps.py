@@ -19,9 +19,9 @@ def cell_maps(network, images, classes):
     """Class activation maps (arXiv 1512.04150): float32 (n, rows, columns) of the cells of the last convolutional stage.
 
     network: LeafNet in evaluation mode; images: uint8 (n, height, width, 3); classes: n class numbers, what each map is
-    about. Batch norm, pooling and linear layer are all linear, so that a logit is the mean of what each cell adds to it,
-    but for its bias and the L2 norm, one positive number per photo. This is what a cell adds to the logit less the mean
-    of all classes' (softmax is blind to that), above the average cell; below it is 0.
+    about. Batch norm, pooling and linear layer are all linear: a logit is the mean of what each cell adds to it, divided
+    by the L2 norm (one positive number per photo), plus the bias. The value of a cell is what it adds to the logit of the
+    class, minus the mean over all classes (softmax ignores that), minus the mean over all cells; negative values become 0.
     """
     found = []
     hook = network.maps.register_forward_hook(lambda module, inputs, maps: found.append(maps))
@@ -71,7 +71,7 @@ def overlay(photo, heat):
 
 
 def mark_photo(path, classes, networks, image_size, longest=SHOWN):
-    """A photo, and it under its heat map for each of the class numbers, the mean of the networks': list of uint8 (h, w, 3)."""
+    """A photo, then the photo with its heat map for each class number, the mean of the networks: list of uint8 (h, w, 3)."""
     photo = read_photo(path)
     images = np.stack([fit_photo(photo, image_size)] * len(classes))
     heats = np.mean([heat_maps(network, images, classes) for network in networks], axis=0)

@@ -46,8 +46,9 @@ def read_run(log_dir, classes):
         found = f"has the columns {','.join(table)}, not {','.join(expected)}"
         raise InputError(f"{path} {found}: other classes, an edited table, or an older version")
     values, folds = table[list(classes)].to_numpy(), sorted(table["fold"].unique().tolist())
-    whole = name_labels(labels := parse_labels(table["label"])) == table["label"].tolist()
-    if not whole or table["image_id"].duplicated().any() or values.dtype != float or not np.isfinite(values).all():
+    labels = parse_labels(table["label"])
+    known = name_labels(labels) == table["label"].tolist()
+    if not known or table["image_id"].duplicated().any() or values.dtype != float or not np.isfinite(values).all():
         raise InputError(f"{path} is damaged: not what train.py writes")
     records = {fold: read_record(of) for fold in folds if (of := record_path(folder, fold)).is_file()}
     # a record without a result is of a fold that is being trained anew, while its predictions are of an earlier training

@@ -84,7 +84,7 @@ def make_backbone(name):
 def find_weights(weights, backbone):
     """The file that a training starts from: a Path, or None for `weights` "none" (from scratch, only when asked).
 
-    "imagenet": from the Hugging Face hub (timm), torch hub's cache or a download. Raises InputError without, or if damaged.
+    "imagenet": the Hugging Face hub (timm), torch hub's cache or a download. Raises InputError if missing or damaged.
     """
     if weights == "none":
         return None

@@ -115,7 +115,7 @@ class CachedImages:
 def cache_images(name, image_ids, data_dir, image_size, cache_dir, fit):
     """The photos `image_ids` of data_dir, decoded and resized once: CachedImages in their order.
 
-    name: "train" or "test"; fit: fit_photo. Built anew if something changed. Raises InputError for photos or lack of room.
+    name: "train" or "test"; fit: fit_photo. Built anew if something changed. Raises InputError for bad photos or a full disk.
     """
     folder = Path(data_dir).resolve() / "images"
     if not folder.is_dir():

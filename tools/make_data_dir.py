@@ -76,9 +76,8 @@ def main():
     out = Path(args.out)
     if out.exists():
         raise InputError(f"{out} exists: delete it, or name another --out")
-    if Path(args.folder).resolve() in {
-        parent for path in (args.test or ".", out) for parent in Path(path).resolve().parents
-    }:
+    folder, others = Path(args.folder).resolve(), [Path(path).resolve() for path in (args.test, args.out) if path]
+    if any(folder in other.parents for other in others):
         raise InputError(f"--test and --out must not be in {args.folder}, which holds the classes")
     check_classes(Path(args.folder))
     taken = set()
@@ -89,8 +88,8 @@ def main():
         for photos in (*of_class.values(), test):
             write_links(photos, out / "images")
     labels = pd.Series({image_id: name for name, photos in of_class.items() for image_id in photos}, dtype=object)
-    one_hot = {name: (labels == name).astype(int) for name in CLASSES}
-    write_csv(out / "train.csv", pd.DataFrame(one_hot).rename_axis("image_id").reset_index())
+    one_hot = pd.get_dummies(labels, dtype=int)[list(CLASSES)]
+    write_csv(out / "train.csv", one_hot.rename_axis("image_id").reset_index())
     if test:
         table = pd.DataFrame({"image_id": list(test)})
         write_csv(out / "test.csv", table)
