@@ -4,8 +4,9 @@
   python train.py --train_batch_size 32 --gpus 0 1 --soft_labels_filename soft_labels.csv --log_dir logs_submit_distill
 
 Reads   DATA_DIR/train.csv and images/; in step 3 also the soft labels that step 2 wrote.
-Writes  LOG_DIR: hparams.yaml, folds.csv, the six best checkpoints of each fold, metrics/, results.csv, out_of_fold.csv.
-Expect  a progress bar per epoch, 70 epochs per fold. After an interruption the same command continues where it was.
+Writes  LOG_DIR: hparams.yaml, source/, folds.csv, the six best checkpoints of each fold, metrics/, results.csv,
+        out_of_fold.csv; and the image cache.
+Expect  70 epochs per fold, a line each (in a terminal a progress bar). After an interruption the same command continues.
 """
 
 from harness.console import parse_args

@@ -1,6 +1,8 @@
 """What every script shares: the classes, the one command line, seeds, the fold split, the metric."""
 
+import argparse
 import os
+import re
 
 import numpy as np
 
@@ -61,6 +63,14 @@ def make_parser(doc, log_dir="logs", with_data=True):
     return parser
 
 
+class SoftLabels(argparse.Action):
+    """The file of the soft labels; --limit follows from its name, which output_name made, where it is not typed."""
+
+    def __call__(self, parser, args, path, option_string=None):
+        found = re.search(r"-limit=(\d+)", os.path.basename(path))
+        args.soft_labels_filename, args.limit = path, args.limit or (int(found[1]) if found else None)
+
+
 def make_training_parser(doc):
     """What train.py takes."""
     parser = make_parser(doc)
@@ -72,9 +82,8 @@ def make_training_parser(doc):
         default="imagenet",
         help="initial weights of the backbone: imagenet, none (from scratch) or a file",
     )
-    data.add_argument(
-        "--soft_labels_filename", type=file_or_folder, metavar="CSV", help="soft labels to mix with the hard labels"
-    )
+    soft_labels = {"type": file_or_folder, "action": SoftLabels, "metavar": "CSV"}
+    data.add_argument("--soft_labels_filename", **soft_labels, help="soft labels to mix with the hard labels")
     data.add_argument("--soft_share", type=share, default=0.3, help="share of the soft labels in that mix")
     parser.needs["soft_share"] = "soft_labels_filename"
     data.add_argument("--limit", type=positive, metavar="N", help="for a quick look: only N labelled and N test photos")

@@ -5,7 +5,7 @@ import shlex
 import unicodedata
 
 import pytest
-from conftest import REPO, start_script
+from conftest import QUICK, REPO, run_script, start_script
 
 PAGES = sorted(
     [
@@ -52,11 +52,37 @@ def test_files_that_are_named_exist_or_are_written_by_a_step(page):
         assert name.split("/")[-1] in WRITTEN or any((place / name).exists() for place in places), name
 
 
+def blocks(page):
+    """The blocks of code of a page: list of (language, text without comments)."""
+    found = re.findall(r"```(\w*)\n(.*?)```", page.read_text(), re.S)
+    return [(language, re.sub(r" *#.*", "", text)) for language, text in found]
+
+
+def test_the_english_and_the_chinese_page_have_the_same_commands_links_headings_and_rows():
+    english, chinese = REPO / "README.md", REPO / "README.zh-CN.md"
+    assert blocks(english) == blocks(chinese)
+    for pattern in (r"\]\(([^)\s]+)\)", r"(?m)^(#+ |\||- |\*\*)", r"(?<![\w-])--[a-z]\w+", r"\d[\d.,]*\d"):
+        found = [sorted(re.findall(pattern, page.read_text())) for page in (english, chinese)]
+        found = [[text for text in texts if not text.startswith("README")] for texts in found]  # each names the other
+        assert found[0] == found[1], pattern
+
+
+@pytest.mark.slow
+def test_the_quick_look_of_the_readme_can_be_typed(sample, tmp_path):
+    """All five lines, with a small network in place of $T."""
+    settings = shlex.join(map(str, ["--data_dir", sample, *QUICK, "--folds", *range(5)]))
+    (lines,) = (text for _, text in blocks(REPO / "README.md") if "--limit" in text)
+    for line in lines.splitlines():
+        run_script(*shlex.split(line.replace("$T", settings))[1:], cwd=tmp_path)
+    names = "soft_labels submission submission_distill submission_mix".split()
+    assert {path.name for path in tmp_path.glob("*.csv")} == {f"{name}-limit=100.csv" for name in names}
+
+
 def typed(page):
     """The commands in a page's blocks and lines of code that begin with python: lists of words, from the script on."""
     text = page.read_text()
     lines = [
-        line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.replace("\\\n", " ").splitlines()
+        line for language, block in blocks(page) if language == "sh" for line in block.replace("\\\n", " ").splitlines()
     ]
     for line in lines + re.findall(r"`(python [^`\n]+)`", text):
         if found := re.match(r"\s*(?:\S+/)?python3? (.*)", line):

@@ -1,4 +1,4 @@
-"""results/: what its pages and the README say is what the files beside them give; and the pictures of the docs."""
+"""results/: what its pages and the READMEs say is what the files beside them give; and the pictures of the docs."""
 
 import re
 
@@ -14,27 +14,77 @@ from tools import make_figures
 from utils import CLASSES, mean_auc
 
 LEAVES = REPO / "results" / "leaves"
+SCRATCH = LEAVES / "from_scratch"
+SEEDS = (2020,)
 
 
-@pytest.mark.parametrize("seed", (2020, 1, 2))
-def test_the_tables_of_real_leaves_are_those_of_the_kept_predictions(seed):
-    expected = []
-    for name in ("logs", "logs_submit_distill", "logs_by_row"):
-        run = read_run(LEAVES / f"seed={seed}" / name, CLASSES)
+def runs(name, seeds, folder=LEAVES):
+    """The out-of-fold predictions of a log directory of each seed: list of Run."""
+    return [read_run(folder / f"seed={seed}" / name, CLASSES) for seed in seeds]
+
+
+def figures(text):
+    """The numbers of a text, whose minus signs are typographic."""
+    return [float(number) for number in re.findall(r"[-+]?\d+\.\d+", text.replace("−", "-"))]
+
+
+def row_of(page, beginning):
+    """The cells of the row of a page that begins so."""
+    (row,) = re.findall(rf"^\| {re.escape(beginning)} \|(.*)\|$", page, re.M)
+    return row.split("|")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_table_of_real_leaves_is_that_of_the_kept_predictions(seed):
+    cells = row_of((LEAVES / "README.md").read_text(), str(seed))
+    for name, cell in zip(("logs", "logs_submit_distill", "logs_by_row"), cells, strict=True):
+        if cell.strip() == "not run":
+            assert not (LEAVES / f"seed={seed}" / name).exists()
+            continue
+        (run,) = runs(name, [seed])
         constant = np.full(run.probabilities.shape, 1 / len(CLASSES))  # its AUC is 0.5
         auc = compare(run.labels, [[constant], [run.probabilities]], CLASSES, names=["mean AUC"])["mean AUC"]
         assert len(run.image_ids) == 1821
         assert mean_auc(run.labels, run.probabilities) == pytest.approx(auc.value + 0.5, abs=1e-9)
-        expected += [auc.value + 0.5, auc.low + 0.5, auc.high + 0.5]
-    for page in ("results/leaves/README.md", "README.md", "README.zh-CN.md"):
-        row = re.search(rf"^\| {seed} \| (0\.8.*)$", (REPO / page).read_text(), re.M).group(1)
-        found = np.array(re.findall(r"\d\.\d+", row), float)
-        np.testing.assert_allclose(found, expected, atol=0.00051, err_msg=page)
+        np.testing.assert_allclose(figures(cell), np.array([auc.value, auc.low, auc.high]) + 0.5, atol=0.00051)
 
 
-def test_the_blends_of_real_leaves_are_the_means_of_both_rounds():
+DIFFERENCES = [
+    ("step 3 less step 1", "logs_submit_distill", "logs", SEEDS, LEAVES),
+    ("by row number less step 3, seed 2020", "logs_by_row", "logs_submit_distill", (2020,), LEAVES),
+    ("by row number less step 1, seed 2020", "logs_by_row", "logs", (2020,), LEAVES),
+    ("step 3 less step 1", "logs_submit_distill", "logs", (2020, 1, 2), SCRATCH),
+    ("by row number less step 3", "logs_by_row", "logs_submit_distill", (2020, 1, 2), SCRATCH),
+]
+
+
+@pytest.mark.parametrize("beginning, one, other, seeds, folder", DIFFERENCES)
+def test_the_differences_on_real_leaves_and_their_verdicts_are_those_of_the_kept_predictions(
+    beginning, one, other, seeds, folder
+):
+    before, after = runs(other, seeds, folder), runs(one, seeds, folder)
+    probabilities = [[run.probabilities for run in side] for side in (before, after)]
+    found = compare(before[0].labels, probabilities, CLASSES, names=["mean AUC", "log loss"])
+    parts = (LEAVES / "README.md").read_text().split("\n## From scratch\n")
+    for cell, difference in zip(row_of(parts[folder == SCRATCH], beginning), found.values(), strict=True):
+        np.testing.assert_allclose(figures(cell), [difference.value, difference.low, difference.high], atol=0.00051)
+        assert ("not told apart" in cell) == (difference.low <= 0 <= difference.high)
+
+
+def test_the_readmes_say_what_the_page_of_the_results_says():
+    page = (LEAVES / "README.md").read_text()
+    for name in ("README.md", "README.zh-CN.md"):
+        section = (REPO / name).read_text().split("results/leaves/README.md")[0].split("## ")[-1]
+        assert section and set(figures(section)) <= {round(figure, n) for figure in figures(page) for n in (2, 3, 4)}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_blends_of_real_leaves_are_the_means_of_both_rounds(seed):
     for name, first in (("", "submission.csv"), ("by_row", "../submission.csv")):
-        parts = [pd.read_csv(LEAVES / name / path) for path in (first, "submission_distill.csv", "submission_mix.csv")]
+        folder = LEAVES / f"seed={seed}" / name
+        if name and not folder.exists():
+            continue
+        parts = [pd.read_csv(folder / path) for path in (first, "submission_distill.csv", "submission_mix.csv")]
         one, two, mix = (part.set_index("image_id")[list(CLASSES)] for part in parts)
         assert len(mix) == 1179
         pd.testing.assert_frame_equal(mix, (one + two) / 2)
@@ -43,7 +93,8 @@ def test_the_blends_of_real_leaves_are_the_means_of_both_rounds():
 @pytest.mark.slow
 def test_the_pictures_of_the_docs_can_be_drawn(trained, tmp_path, monkeypatch):
     (tmp_path / "sample").symlink_to(trained / "leaves")
-    (tmp_path / "logs").symlink_to(trained / "logs")
+    for name in ("logs", "logs_submit_distill"):
+        (tmp_path / name).symlink_to(trained / "logs")
     parse = make_figures.parse_args
     monkeypatch.setattr(make_figures, "parse_args", lambda parser, argv=(): parse(parser, argv))
     for name in ("FOLDER", "DOCS"):

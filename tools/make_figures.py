@@ -2,7 +2,7 @@
 
   python -m tools.make_figures
 
-Reads   demo/: sample/, logs/ (run `make demo` first).
+Reads   demo/: sample/, logs/, logs_submit_distill/ (run `make demo` first).
 Writes  docs/prediction.png, docs/augmentations.png, docs/tta.png.
 """
 
@@ -32,9 +32,9 @@ def draw_grid(path, pictures, columns, width):
     figure.savefig(path, dpi=90)
 
 
-def load_fold_0():
+def load_fold_0(log_dir="logs"):
     """The arguments of a prediction by the network of fold 0, and that network: dict of fold to LeafNet."""
-    args = parse_args(make_prediction_parser(__doc__, str(FOLDER / "logs")), ["--folds", "0", "--num_workers", "0"])
+    args = parse_args(make_prediction_parser(__doc__, str(FOLDER / log_dir)), ["--folds", "0", "--num_workers", "0"])
     return args, load_trained(args)[1]
 
 
@@ -44,13 +44,18 @@ def describe(title, values):
     return f"{title}\n{', '.join(parts)}"
 
 
-def prediction_pictures(image_id, args, networks):
-    """A test photo with its probabilities, and where the network saw the likeliest class: two (title, picture)."""
+def prediction_pictures(image_id):
+    """A test photo, and after each round its probabilities and what speaks for the likeliest class: (title, picture)."""
     path = FOLDER / "sample" / "images" / f"{image_id}.jpg"
-    image = fit_photo(read_photo(path), args.image_size)[None]
-    values = predict(networks, LeafDataset(image, [image_id]), [(0, 0, 0)], args, image_id)[0]
-    photo, marked = mark_photo(path, [int(values.argmax())], networks.values(), MAP_SIZE)
-    return [(describe("a photo", values), photo), (f"what speaks for {CLASSES[values.argmax()]}\n", marked)]
+    photo = read_photo(path)
+    pictures = [("a photo\n", fit_photo(photo, SIZE))]
+    for log_dir, when in (("logs", "after step 1"), ("logs_submit_distill", "after step 3")):
+        args, networks = load_fold_0(log_dir)
+        image = fit_photo(photo, args.image_size)[None]
+        values = predict(networks, LeafDataset(image, [image_id]), [(0, 0, 0)], args, image_id)[0]
+        _, marked = mark_photo(path, [int(values.argmax())], networks.values(), MAP_SIZE)
+        pictures.append((describe(f"{when}: what speaks for {CLASSES[values.argmax()]}", values), marked))
+    return pictures
 
 
 def tta_pictures(image_id, args, networks):
@@ -70,9 +75,8 @@ def main():
     train = read_table(FOLDER / "sample" / "train.csv", ("image_id", *CLASSES), hint="run make demo first")
     photo = read_photo(FOLDER / "sample" / "images" / f"{train['image_id'][train['rust'] == 1].iloc[0]}.jpg")
     draw_grid(DOCS / "augmentations.png", augmentation_pictures(fit_photo(photo, SIZE)), columns=4, width=3)
-    args, networks = load_fold_0()
-    draw_grid(DOCS / "prediction.png", prediction_pictures("Test_32", args, networks), columns=2, width=4)
-    draw_grid(DOCS / "tta.png", list(tta_pictures("Test_4", args, networks)), columns=3, width=4)
+    draw_grid(DOCS / "prediction.png", prediction_pictures("Test_32"), columns=3, width=4)
+    draw_grid(DOCS / "tta.png", list(tta_pictures("Test_4", *load_fold_0())), columns=3, width=4)
 
 
 if __name__ == "__main__":
