@@ -1,4 +1,4 @@
-"""After step 2 or 4: what the networks get wrong, where they looked, and which labels look wrong.
+"""After step 1 or 3: what the networks get wrong, where they looked, and which labels look wrong.
 
   python error_analysis.py
   python error_analysis.py --log_dir logs_submit_distill

@@ -83,7 +83,9 @@ def make_training_parser(doc):
         help="initial weights of the backbone: imagenet, none (from scratch) or a file",
     )
     soft_labels = {"type": file_or_folder, "action": SoftLabels, "metavar": "CSV"}
-    data.add_argument("--soft_labels_filename", **soft_labels, help="soft labels to mix with the hard labels")
+    data.add_argument(
+        "--soft_labels_filename", **soft_labels, help="soft labels to mix in; -limit=N in the name sets --limit"
+    )
     data.add_argument("--soft_share", type=share, default=0.3, help="share of the soft labels in that mix")
     parser.needs["soft_share"] = "soft_labels_filename"
     data.add_argument("--limit", type=positive, metavar="N", help="for a quick look: only N labelled and N test photos")
