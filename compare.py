@@ -198,7 +198,7 @@ def compare_submissions(path, against):
         figures[f"mean of each photo's largest, of the {name}"] = scores.max(1).mean()
     print(f"first: {path}; second: {against}; {len(ours):,} photos")
     print_table([[name, show(value, name)] for name, value in figures.items()])
-    rows = [["most different", *CLASSES, "instead of", *[""] * (len(CLASSES) - 1)]]
+    rows = [["most different", *CLASSES, *(f"second: {name}" for name in CLASSES)]]
     for row in np.argsort(-np.abs(a - b).sum(1), kind="stable")[:SHOWN]:
         rows.append([ours["image_id"][row], *(f"{value:.3f}" for value in (*a[row], *b[row]))])
     print_table(rows)

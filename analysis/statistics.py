@@ -100,7 +100,8 @@ def compare(labels, variants, classes, n_resamples=RESAMPLES, names=None):
             freedom = degrees_of_freedom(labels, of_left_out[1][name] - of_left_out[0][name]) if of_left_out else np.inf
         reach = stdtrit(min(freedom, 1e6), 0.975) * np.sqrt(max(0, variance))
         limit = {"log loss": np.inf, "wrong photos": len(labels)}.get(name, 1)
-        if name in unknown or limit == 1 and reach > 0.5 or len(runs) > 2 and not variance:  # limit 1: an AUC
+        too_wide = limit == 1 and reach > 0.5  # limit 1: an AUC
+        if name in unknown or too_wide or not variance and (value or len(runs) > 2):
             reach = limit = np.inf
         low, high = np.clip([value - reach, value + reach], -limit, limit)
         differences[name] = Difference(float(value), float(low), float(high))

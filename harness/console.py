@@ -18,7 +18,7 @@ os.environ["MPLBACKEND"] = "agg"  # a notebook's is inherited, and torchmetrics 
 tempfile.tempdir = "/tmp" if len(os.environ.get("TMPDIR", "")) > 70 else None  # sockets' names are limited
 PREFIX = os.environ.get("PLANT_PATHOLOGY_PREFIX")  # set where train.py has started a process: what its lines begin with
 MAIN_PROCESS = os.getpid()  # loaders' workers are forked from it
-GO_ON = "the same command (without --fresh) goes on from there"
+GO_ON = "the same command (without --fresh) goes on from what was kept last"
 # what Lightning and torch say about settings that we made on purpose, and about each other
 HARMLESS = "many workers|in eval mode|Checkpoint directory|LeafSpec|sync_dist=True|lr_scheduler.step.. before"
 HARMLESS += "|parameter 'pretrained'"

@@ -74,7 +74,7 @@ def resume_path(log_dir, fold):
 def read_record(path):
     """A record that train.py wrote: dict. Raises InputError if it is missing, damaged or of another version."""
     if not path.exists():
-        raise InputError(f"{path} is missing: name the --log_dir of a training, or train anew with --fresh")
+        raise InputError(f"{path} is missing: name the --log_dir of a training, or run train.py first")
     with refusing(f"{path} is damaged", yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
         if record["format"] == FORMAT:
@@ -191,7 +191,7 @@ def compare_folds(args, n_folds, record, busy=()):
         say(f"note: keeping the finished folds of {log_dir} in spite of: {what}")
         return finished
     if any(name.endswith(".py") for name in changes):
-        what += f" (diff -r {log_dir / 'source' / before['source']} {ROOT})"
+        what += f" (diff -r {log_dir / 'source' / before['source']} {ROOT} | grep -v ^Only)"
     if in_training:
         what += f"; and fold {' '.join(in_training)}, which is in training, goes on only as it was begun"
     anew = f"Use another --log_dir, or train all anew with --fresh --folds {' '.join(map(str, range(n_folds)))}"

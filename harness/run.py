@@ -168,7 +168,7 @@ class Run:
         batch, parts = self.args.train_batch_size, self.n_devices * self.args.accumulate_grad_batches
         sizes = np.bincount(folds, minlength=self.n_folds)
         if batch > (fewest := len(folds) - sizes.max()):
-            raise InputError(f"a fold trains on {fewest} photos only: type a smaller --train_batch_size")
+            raise InputError(f"a fold trains on {fewest} photos only: type --train_batch_size {fewest} or less")
         if batch % parts or batch == parts:
             what = f"{parts} equal parts (devices x --accumulate_grad_batches) of 2 photos or more: type another one"
             raise InputError(f"--train_batch_size {batch} cannot be split into {what}")
