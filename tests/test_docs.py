@@ -69,7 +69,7 @@ def test_the_english_and_the_chinese_page_have_the_same_commands_links_headings_
 
 @pytest.mark.slow
 def test_the_quick_look_of_the_readme_can_be_typed(sample, tmp_path):
-    """All five lines, with a small network in place of $T."""
+    """All five lines, with a small network in place of $T; that step 3 takes the limit from its soft labels' name."""
     settings = shlex.join(map(str, ["--data_dir", sample, *QUICK, "--folds", *range(5)]))
     (lines,) = (text for _, text in blocks(REPO / "README.md") if "--limit" in text)
     for line in lines.splitlines():

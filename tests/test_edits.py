@@ -333,9 +333,6 @@ def test_a_part_of_the_photos_or_of_the_folds_overwrites_no_full_result(sample, 
     full.to_csv(tmp_path / "all.csv", index=False)
     distill = ["--soft_labels_filename", "all.csv", "--limit", 30, "--log_dir", "distill", "--folds", 0]
     run_script(*train, *distill, cwd=tmp_path)
-    distill = ["--soft_labels_filename", "soft_labels-limit=30.csv", "--log_dir", "limited", "--folds", 0]
-    run_script(*train, *distill, cwd=tmp_path)  # the limit follows from the soft labels
-    assert len(pd.read_csv(tmp_path / "limited" / "folds.csv")) == 30
     shutil.copy(tmp_path / "submission-limit=30.csv", tmp_path / "submission_distill-limit=30.csv")
     run_script("blend.py", "--limit", 30, cwd=tmp_path)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "submission_mix-limit=30.csv"), submission)
