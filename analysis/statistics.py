@@ -87,7 +87,8 @@ def compare(labels, variants, classes, n_resamples=RESAMPLES, names=None):
         left_out = 1 - np.eye(len(labels), dtype=np.float32)
         of_left_out = [measure(labels, run, classes, left_out) for run in runs]
     unknown = {name for k, name in enumerate(classes) if labels[:, k].sum() == 1}
-    unknown |= {"mean AUC"} if unknown else set()  # one photo does not tell how much another one would change
+    if unknown:  # one photo does not tell how much another one would change
+        unknown |= {"mean AUC", "log loss", "wrong photos"}
     differences = {}
     for name in names or figures[0]:
         values = np.concatenate([of_run[name] for of_run in figures])
@@ -100,8 +101,7 @@ def compare(labels, variants, classes, n_resamples=RESAMPLES, names=None):
             freedom = degrees_of_freedom(labels, of_left_out[1][name] - of_left_out[0][name]) if of_left_out else np.inf
         reach = stdtrit(min(freedom, 1e6), 0.975) * np.sqrt(max(0, variance))
         limit = {"log loss": np.inf, "wrong photos": len(labels)}.get(name, 1)
-        too_wide = limit == 1 and reach > 0.5  # limit 1: an AUC
-        if name in unknown or too_wide or not variance and (value or len(runs) > 2):
+        if name in unknown or limit == 1 and reach > 0.5 or len(runs) > 2 and not variance:  # limit 1: an AUC
             reach = limit = np.inf
         low, high = np.clip([value - reach, value + reach], -limit, limit)
         differences[name] = Difference(float(value), float(low), float(high))

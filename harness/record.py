@@ -74,7 +74,7 @@ def resume_path(log_dir, fold):
 def read_record(path):
     """A record that train.py wrote: dict. Raises InputError if it is missing, damaged or of another version."""
     if not path.exists():
-        raise InputError(f"{path} is missing: name the --log_dir of a training, or run train.py first")
+        raise InputError(f"{path} is missing: name the --log_dir of a training, or run train.py (anew: --fresh)")
     with refusing(f"{path} is damaged", yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
         if record["format"] == FORMAT:
