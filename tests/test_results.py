@@ -15,7 +15,7 @@ from utils import CLASSES, mean_auc
 
 LEAVES = REPO / "results" / "leaves"
 SCRATCH = LEAVES / "from_scratch"
-SEEDS = (2020, 1)
+SEEDS = (2020, 1, 2)
 
 
 def runs(name, seeds, folder=LEAVES):
