@@ -9,7 +9,7 @@ import pytest
 from conftest import REPO
 
 from analysis.runs import read_run
-from analysis.statistics import compare
+from analysis.statistics import compare, measure
 from tools import make_figures
 from utils import CLASSES, mean_auc
 
@@ -34,6 +34,13 @@ def row_of(page, beginning):
     return row.split("|")
 
 
+def readme_rows():
+    """The rows on real leaves of the English and of the Chinese page, below the head: two lists of text."""
+    for name in ("README.md", "README.zh-CN.md"):
+        (section,) = (part for part in (REPO / name).read_text().split("\n## ") if "results/leaves/README.md" in part)
+        yield re.findall(r"^\|.*", section, re.M)[2:]
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_table_of_real_leaves_is_that_of_the_kept_predictions(seed):
     cells = row_of((LEAVES / "README.md").read_text(), str(seed))
@@ -47,6 +54,13 @@ def test_the_table_of_real_leaves_is_that_of_the_kept_predictions(seed):
         assert len(run.image_ids) == 1821
         assert mean_auc(run.labels, run.probabilities) == pytest.approx(auc.value + 0.5, abs=1e-9)
         np.testing.assert_allclose(figures(cell), np.array([auc.value, auc.low, auc.high]) + 0.5, atol=0.00051)
+    (run,) = runs("logs", [seed])
+    measured = measure(run.labels, run.probabilities, CLASSES)
+    step_1 = [measured[name][0] for name in ("mean AUC", "log loss")]
+    for rows in readme_rows():
+        aucs, losses = map(figures, rows[0].strip("|").split("|")[1:])
+        at = SEEDS.index(seed)
+        np.testing.assert_allclose([aucs[at], losses[at]], step_1, atol=0.00051)
 
 
 DIFFERENCES = [  # what the row begins with; the log directory and the seeds of the one, of the other
@@ -69,15 +83,19 @@ def test_the_differences_on_real_leaves_and_their_verdicts_are_those_of_the_kept
     parts = (LEAVES / "README.md").read_text().split("\n## From scratch\n")
     for cell, difference in zip(row_of(parts[folder == SCRATCH], beginning), found.values(), strict=True):
         np.testing.assert_allclose(figures(cell), [difference.value, difference.low, difference.high], atol=0.00051)
-        assert ("not told apart" in cell) == (difference.low <= 0 <= difference.high)
+        better = (difference.value > 0) == (difference is found["mean AUC"])
+        known = "**better**" if better else "**worse**"
+        assert cell.strip().endswith("not told apart" if difference.low <= 0 <= difference.high else known)
 
 
 def test_the_readmes_say_what_the_page_of_the_results_says():
-    page = figures((LEAVES / "README.md").read_text())
-    for name in ("README.md", "README.zh-CN.md"):
-        (section,) = (part for part in (REPO / name).read_text().split("\n## ") if "results/leaves/README.md" in part)
-        found = figures("\n".join(re.findall(r"^\|.*", section, re.M)))
-        assert len(found) > 10 and all(min(abs(figure - other) for other in page) < 0.00056 for figure in found)
+    page = (LEAVES / "README.md").read_text().split("\n## From scratch\n")[0]
+    beginnings = ("step 3 less step 1", "seed 1 less seed 2020, step 1", "by row number less step 3, seed 2020")
+    for rows in readme_rows():
+        for row, beginning in zip(rows[1:], beginnings, strict=True):
+            cells = row_of(page, beginning)
+            np.testing.assert_allclose(figures(row), figures("".join(cells)), atol=0.00056)  # rounded twice
+            assert len(re.findall("not told apart|无法区分", row)) == sum("not told apart" in cell for cell in cells)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
