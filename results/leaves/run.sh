@@ -43,15 +43,16 @@ round_2() {  # SEED
     run "seed=$1" "$REPO" blend.py
 }
 
-train_with() {  # EXPERIMENT LOG_DIR SEED OPTIONS…
+experiment() {  # NAME LOG_DIR SEED OPTIONS…: a training with it; its submission goes to a folder of the log directory's name
+    local folder=seed=$3/${2#logs_}
     recipe "$1"
     run "seed=$3" "../$1" train.py $TRAIN $MORE --seed "$3" --log_dir "$2" "${@:4}"
+    mkdir -p "$WORK/$folder"
+    run "$folder" "../../$1" generate_distilled_submission.py $MORE --log_dir "../$2"
 }
 
 by_row() {  # SEED
-    train_with soft_labels_by_row logs_by_row "$1" --soft_labels_filename soft_labels.csv
-    mkdir -p "$WORK/seed=$1/by_row"
-    run "seed=$1/by_row" "$REPO" generate_distilled_submission.py $MORE --log_dir ../logs_by_row
+    experiment soft_labels_by_row logs_by_row "$1" --soft_labels_filename soft_labels.csv
     run "seed=$1/by_row" "$REPO" blend.py --submissions ../submission.csv submission_distill.csv
 }
 
@@ -59,6 +60,14 @@ flip_tta() {  # SEED
     recipe flip_tta
     mkdir -p "$WORK/seed=$1/flip_tta"
     run "seed=$1/flip_tta" ../../flip_tta generate_distilled_submission.py $MORE --log_dir ../logs_submit_distill
+}
+
+tta_out_of_fold() {  # LOG_DIR SEED: without TTA, with that of the recipe, by flips
+    recipe flip_tta
+    mkdir -p "$WORK/seed=$2/tta" "$WORK/seed=$2/tta/flips"
+    run "seed=$2/tta" "$REPO" generate_soft_labels.py $MORE --log_dir "../$1"
+    PYTHONPATH=$REPO run "seed=$2/tta" "$REPO/results/leaves" tta_out_of_fold.py $MORE --log_dir "../$1"
+    PYTHONPATH=$WORK/flip_tta run "seed=$2/tta/flips" "$REPO/results/leaves" tta_out_of_fold.py $MORE --log_dir "../../$1"
 }
 
 rank_blend() {  # SEED
@@ -73,6 +82,9 @@ for seed in 2020 1 2; do
 done
 by_row 2020
 flip_tta 1
-train_with label_smoothing logs_smoothing 2020
-train_with stratified_folds logs_stratified 2020
-train_with pseudo_labels logs_pseudo 2020 --soft_labels_filename soft_labels.csv
+experiment label_smoothing logs_smoothing 2020
+experiment stratified_folds logs_stratified 2020
+tta_out_of_fold logs_stratified 2020
+experiment pseudo_labels logs_pseudo 2020 --soft_labels_filename soft_labels.csv
+by_row 1
+by_row 2
