@@ -11,8 +11,12 @@ from harness.console import InputError, Parser, file_or_folder, not_negative, pi
 CLASSES = ("healthy", "multiple_diseases", "rust", "scab")
 N_FOLDS = 5
 TAKEN = "image_id image fold label prediction predicted wrong loss suspect suspected_label near_duplicates none".split()
-if isinstance(CLASSES, str) or len(set(CLASSES) - set(TAKEN)) < max(2, len(CLASSES)) or "|" in "".join(CLASSES):
-    raise InputError(f"CLASSES in utils.py: two or more different names, without | and none of {', '.join(TAKEN)}")
+if (
+    isinstance(CLASSES, str)
+    or len(set(CLASSES) - set(TAKEN)) < max(2, len(CLASSES))
+    or set("|;") & set("".join(CLASSES))
+):
+    raise InputError(f"CLASSES in utils.py: two or more different names, without | or ; and none of {', '.join(TAKEN)}")
 
 # ---------------------------------------------------------------------------------------------- command line
 
@@ -22,44 +26,32 @@ def make_parser(doc, log_dir="logs", with_data=True):
     from joblib import cpu_count  # knows what a container or a job may use; blend.py need not wait for it
 
     parser = Parser(doc)
-    size = {"type": pixels, "nargs": 2, "metavar": ("H", "W")}
-    folds = {"type": int, "nargs": "+", "choices": range(N_FOLDS), "metavar": "FOLD"}
-    gpus = {"type": not_negative, "nargs": "+", "metavar": "GPU"}
 
-    files = parser.add_argument_group("files")
-    path, about_data = {"type": file_or_folder}, "train.csv, test.csv, sample_submission.csv and images/"
-    files.add_argument("--log_dir", **path, default=log_dir, help="checkpoints, metrics and options of one training")
+    add = parser.add_argument_group("files").add_argument
+    path, about = {"type": file_or_folder}, "train.csv, test.csv, sample_submission.csv and images/"
+    add("--log_dir", **path, default=log_dir, help="checkpoints, metrics and options of one training")
     if with_data:
-        files.add_argument("--data_dir", **path, default="data", help=about_data)
-        files.add_argument("--cache_dir", **path, default="image_cache", help="the photos, decoded and resized once")
+        add("--data_dir", **path, default="data", help=about)
+        add("--cache_dir", **path, default="image_cache", help="the photos, decoded and resized once")
 
-    networks = parser.add_argument_group("which networks")
-    networks.add_argument(
-        "-backbone", "--backbone", default="se_resnext50_32x4d", help="a classifier of pretrainedmodels, or timm/NAME"
-    )
-    networks.add_argument("--image_size", **size, default=[480, 768], help="height and width, in pixels")
-    networks.add_argument(
-        "--folds", **folds, default=list(range(N_FOLDS)), help="numbers of the folds to train, or to predict with"
-    )
+    add = parser.add_argument_group("which networks").add_argument
+    add("-backbone", "--backbone", default="se_resnext50_32x4d", help="a classifier of pretrainedmodels, or timm/NAME")
+    size = {"type": pixels, "nargs": 2, "metavar": ("H", "W")}
+    add("--image_size", **size, default=[480, 768], help="height and width, in pixels")
+    folds = {"type": int, "nargs": "+", "choices": range(N_FOLDS), "metavar": "FOLD"}
+    add("--folds", **folds, default=list(range(N_FOLDS)), help="numbers of the folds to train, or to predict with")
 
     hardware = parser.add_argument_group("hardware")
-    either = hardware.add_mutually_exclusive_group()
-    either.add_argument("--gpus", **gpus, help="for example 0 1; without it all GPUs there are, else the CPU")
-    either.add_argument("--cpu_processes", type=positive, metavar="N", help="N processes on the CPU instead of GPUs")
-    hardware.add_argument(
-        "--precision",
-        choices=("16", "32", "bf16"),
-        help="default: 32 for predictions; for training the fast one, 16 on GPUs, bf16 or 32 on CPUs",
-    )
-    hardware.add_argument(
-        "-vbs", "--val_batch_size", type=positive, default=16, help="photos per batch in validation and prediction"
-    )
-    hardware.add_argument(
-        "--num_workers", type=not_negative, default=min(8, cpu_count()), help="processes per device that load photos"
-    )
-    hardware.add_argument(
-        "--compile", action="store_true", help="torch.compile the networks: a minute at first, then faster"
-    )
+    add, either = hardware.add_argument, hardware.add_mutually_exclusive_group().add_argument
+    gpus = {"type": not_negative, "nargs": "+", "metavar": "GPU"}
+    either("--gpus", **gpus, help="for example 0 1; without it all GPUs there are, else the CPU")
+    either("--cpu_processes", type=positive, metavar="N", help="N processes on the CPU instead of GPUs")
+    about = "default: 32 for predictions; for training the fast one, 16 on GPUs, bf16 or 32 on CPUs"
+    add("--precision", choices=("16", "32", "bf16"), help=about)
+    add("-vbs", "--val_batch_size", type=positive, default=16, help="photos per batch in validation and prediction")
+    workers = min(8, cpu_count())
+    add("--num_workers", type=not_negative, default=workers, help="processes per device that load photos")
+    add("--compile", action="store_true", help="torch.compile the networks: a minute at first, then faster")
     return parser
 
 
@@ -75,65 +67,43 @@ def make_training_parser(doc):
     """What train.py takes."""
     parser = make_parser(doc)
 
-    data = parser.add_argument_group("training data")
-    data.add_argument(
-        "--weights",
-        type=file_or_folder,
-        default="imagenet",
-        help="initial weights of the backbone: imagenet, none (from scratch) or a file",
-    )
-    soft_labels = {"type": file_or_folder, "action": SoftLabels, "metavar": "CSV"}
-    data.add_argument(
-        "--soft_labels_filename", **soft_labels, help="soft labels to mix in; -limit=N in the name sets --limit"
-    )
-    data.add_argument("--soft_share", type=share, default=0.3, help="share of the soft labels in that mix")
+    add = parser.add_argument_group("training data").add_argument
+    about = "initial weights of the backbone: imagenet, none (from scratch) or a file"
+    add("--weights", type=file_or_folder, default="imagenet", help=about)
+    about = "soft labels to mix in; -limit=N in the name sets --limit"
+    add("--soft_labels_filename", type=file_or_folder, action=SoftLabels, metavar="CSV", help=about)
+    add("--soft_share", type=share, default=0.3, help="share of the soft labels in that mix")
     parser.needs["soft_share"] = "soft_labels_filename"
-    data.add_argument("--limit", type=positive, metavar="N", help="for a quick look: only N labelled and N test photos")
-    data.add_argument(
-        "--seed", type=not_negative, default=2020, help="seed of the folds, the head, the order and the augmentation"
-    )
-    data.add_argument("--fold_seed", type=not_negative, help="seed of the folds, if not --seed")
+    add("--limit", type=positive, metavar="N", help="for a quick look: only N labelled and N test photos")
+    about = "seed of the folds, the head, the order and the augmentation"
+    add("--seed", type=not_negative, default=2020, help=about)
+    add("--fold_seed", type=not_negative, help="seed of the folds, if not --seed")
 
-    training = parser.add_argument_group("training")
-    training.add_argument("--max_epochs", type=positive, default=70, help="epochs per fold")
-    training.add_argument(
-        "-tbs", "--train_batch_size", type=positive, default=32, help="photos per step, on all devices together"
-    )
-    training.add_argument(
-        "--accumulate_grad_batches", type=positive, default=1, metavar="N", help="compute each batch in N parts"
-    )
-    training.add_argument(
-        "--learning_rate", type=positive_number, default=1e-3, help="peak learning rate; the minimum is 1/100 of it"
-    )
-    training.add_argument(
-        "--lr_schedule", default="cosine", metavar="NAME", help="cosine (with restarts) or triangular (cyclic)"
-    )
-    training.add_argument(
-        "--gradient_clip_val", type=positive_number, default=1.0, help="clip the norm of the gradient at this value"
-    )
-    training.add_argument(
-        "--keep_checkpoints", type=positive, default=6, metavar="N", help="number of best checkpoints kept per fold"
-    )
-    training.add_argument("--parallel_folds", action="store_true", help="train several folds at once, one per device")
+    add = parser.add_argument_group("training").add_argument
+    add("--max_epochs", type=positive, default=70, help="epochs per fold")
+    add("-tbs", "--train_batch_size", type=positive, default=32, help="photos per step, on all devices together")
+    add("--accumulate_grad_batches", type=positive, default=1, metavar="N", help="compute each batch in N parts")
+    about = "peak learning rate; the minimum is 1/100 of it"
+    add("--learning_rate", type=positive_number, default=1e-3, help=about)
+    add("--lr_schedule", default="cosine", metavar="NAME", help="cosine (with restarts) or triangular (cyclic)")
+    add("--gradient_clip_val", type=positive_number, default=1.0, help="clip the norm of the gradient at this value")
+    add("--keep_checkpoints", type=positive, default=6, metavar="N", help="number of best checkpoints kept per fold")
+    add("--parallel_folds", action="store_true", help="train several folds at once, one per device")
 
-    earlier = parser.add_argument_group("a log directory that exists")
-    earlier.add_argument("--fresh", action="store_true", help="start over: delete what LOG_DIR holds of these folds")
-    earlier.add_argument(
-        "--accept_changes", action="store_true", help="keep finished folds though options or source files have changed"
-    )
+    add = parser.add_argument_group("a log directory that exists").add_argument
+    add("--fresh", action="store_true", help="start over: delete what LOG_DIR holds of these folds")
+    about = "keep finished folds though options or source files have changed"
+    add("--accept_changes", action="store_true", help=about)
     return parser
 
 
 def make_prediction_parser(doc, log_dir="logs", with_data=True):
     """What steps 2 and 4, predict.py and error_analysis.py take."""
     parser = make_parser(doc, log_dir, with_data)
-    prediction = parser.add_argument_group("prediction")
-    prediction.add_argument(
-        "--tta_draws", type=positive, default=8, metavar="N", help="augmented views per test photo (TTA)"
-    )
-    prediction.add_argument(
-        "--accept_changes", action="store_true", help="predict though the network or fit_photo was edited since"
-    )
+    add = parser.add_argument_group("prediction").add_argument
+    add("--tta_draws", type=positive, default=8, metavar="N", help="augmented views per test photo (TTA)")
+    about = "predict though the network or fit_photo was edited since"
+    add("--accept_changes", action="store_true", help=about)
     parser.set_defaults(limit=None, backbone=None, image_size=None)  # as the training had it
     return parser
 
@@ -247,13 +217,9 @@ def column_aucs(labels, probabilities):
     """
     from sklearn.metrics import roc_auc_score
 
-    labels = np.asarray(labels) > 0.5
-    return np.array(
-        [
-            roc_auc_score(truth, score) if 0 < truth.sum() < len(truth) else np.nan
-            for truth, score in zip(labels.T, np.asarray(probabilities).T, strict=True)
-        ]
-    )
+    labels, scores = np.asarray(labels) > 0.5, np.asarray(probabilities)
+    known = [0 < n < len(labels) for n in labels.sum(0)]
+    return np.array([roc_auc_score(labels[:, k], scores[:, k]) if known[k] else np.nan for k in range(len(known))])
 
 
 def describe_aucs(labels, probabilities):
