@@ -29,8 +29,8 @@ def read_train(args):
     train = read_labels(args.data_dir)
     if args.limit is None or args.limit >= len(train):
         return train
-    # the same share of each class, and no class without a photo: the photos in turn, the rarest class first
-    rank = train.groupby(list(CLASSES))["image_id"].cumcount() + 0.5
+    # the same share of each class: first a photo of every one
+    rank = train.groupby(list(CLASSES))["image_id"].cumcount()
     size = train.groupby(list(CLASSES))["image_id"].transform("size")
     return train.loc[(rank / size).sort_values(kind="stable").index[: args.limit].sort_values()]
 
@@ -47,8 +47,8 @@ def mix_labels(hard, soft, soft_share):
 
 
 def fit_photo(photo, image_size):
-    """A photo as the network sees it: transposed if it is portrait, resized bilinearly to (height, width)."""
-    if photo.shape[0] > photo.shape[1]:
+    """A photo as the network sees it: transposed if it alone is portrait, resized bilinearly to (height, width)."""
+    if photo.shape[0] > photo.shape[1] and image_size[0] <= image_size[1]:
         photo = cv2.transpose(photo)
     return cv2.resize(photo, (image_size[1], image_size[0]), interpolation=cv2.INTER_LINEAR)
 

@@ -25,9 +25,9 @@ def main(args):
     _, networks = load_trained(args)
     train = read_train(args)
     folds = read_folds(args.log_dir, train["image_id"])
-    test = read_test(args)  # now, or what is wrong with it would be said after a long prediction
     names = [output_name(name, args.limit, args.folds) for name in ("soft_labels.csv", "submission.csv")]
     check_writable(*names)
+    test = read_test(args)  # now, or what is wrong with it would be said after a long prediction
 
     soft_labels = predict_out_of_fold(args, train, folds, networks)
     write_csv(names[0], soft_labels)

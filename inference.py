@@ -28,8 +28,10 @@ def load_trained(args):
     checkpoints = prepare_prediction(args, N_FOLDS, CLASSES)
     networks = {}
     for fold, name in zip(checkpoints["fold"], checkpoints["checkpoint"], strict=True):
-        networks[fold] = load_network(Path(args.log_dir) / name, args.backbone, args.compile)
+        networks[fold] = load_network(Path(args.log_dir) / name, args.backbone)
     check_networks(args.log_dir, networks, fit_photo, args.accept_changes)
+    for network in networks.values() if args.compile else ():
+        network.compile(options={"freezing": True})
     return checkpoints, networks
 
 

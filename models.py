@@ -9,12 +9,10 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR
 
-from harness.backbones import compute_maps, load_checkpoint, make_backbone, sketch
+from harness.backbones import compute_maps, load_checkpoint, make_backbone, own_config, sketch
 from harness.console import InputError, refusing
 from harness.devices import gather
 from utils import CLASSES, derive_seed, mean_auc
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # ---------------------------------------------------------------------------------------------- the network
 
@@ -36,10 +34,9 @@ class LeafNet(nn.Module):
         self.bn.bias.requires_grad_(False)
         self.fc = nn.Linear(n_features, len(CLASSES))
         # not in the state dict: no weights, and checkpoints of before have no such entries
-        of_timm = getattr(self.backbone, "pretrained_cfg", {})
-        mean, std = of_timm.get("mean", IMAGENET_MEAN), of_timm.get("std", IMAGENET_STD)
-        self.register_buffer("mean", torch.tensor(mean) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(std) * 255, persistent=False)
+        config = own_config(self.backbone, backbone)
+        self.register_buffer("mean", torch.tensor(config["mean"]) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]) * 255, persistent=False)
 
     def forward(self, images):
         return self.logits(self.normalise(images))
@@ -60,11 +57,10 @@ class LeafNet(nn.Module):
         return logits.softmax(1)
 
 
-def load_network(path, backbone, compile=False):
+def load_network(path, backbone):
     """The LeafNet of a checkpoint, for prediction: in evaluation mode, batch norm folded into the convolutions.
 
-    compile: with its weights frozen, when it sees its first batch. Raises InputError if the file cannot be read safely
-    (weights_only) or holds another network.
+    Raises InputError if the file cannot be read safely (weights_only) or holds another network.
     """
     network, state = LeafNet(backbone), load_checkpoint(path)["state_dict"]
     # network: of LeafModule; _orig_mod: of torch.compile(network)
@@ -74,8 +70,6 @@ def load_network(path, backbone, compile=False):
     network.eval()
     if isinstance(network.backbone, SENet):
         fold_batch_norm(network.backbone)
-    if compile:
-        network.compile(options={"freezing": True})
     return network.to(memory_format=torch.channels_last)
 
 
@@ -132,8 +126,10 @@ class LeafModule(pl.LightningModule):
 
     # Lightning's own clipping refuses a fused optimizer, for a loss scaler's sake; harness/run.py takes care of that.
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        by_value = gradient_clip_algorithm == "value"
+        clip = torch.nn.utils.clip_grad_value_ if by_value else torch.nn.utils.clip_grad_norm_
         if gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            clip(self.parameters(), gradient_clip_val)
 
     def on_train_epoch_start(self):
         # for dropout, where a backbone has it: the same whether or not the fold was interrupted before
@@ -159,6 +155,6 @@ class LeafModule(pl.LightningModule):
         self.log("val_roc_auc", mean_auc(labels, probabilities), prog_bar=True)
 
     def on_save_checkpoint(self, checkpoint):
-        # out_of_fold.csv is made of these when the fold is finished
-        rows, probabilities = self.last_validation
-        checkpoint["validation"] = {"row": torch.from_numpy(rows), "probabilities": torch.from_numpy(probabilities)}
+        if self.last_validation is not None:  # out_of_fold.csv is made of these when the fold is finished
+            rows, probabilities = map(torch.from_numpy, self.last_validation)
+            checkpoint["validation"] = {"row": rows, "probabilities": probabilities}

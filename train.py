@@ -133,9 +133,9 @@ def train_fold(args, fold, data, weights, run):
 def main(args):
     run = Run(args, N_FOLDS, CLASSES)
     sketch(args.backbone, tuple(args.image_size))  # or it cannot take photos of this size
-    data = read_training_data(args, run)
     weights = find_weights(args.weights, args.backbone)
-    module = make_module(args, args.folds[0], weights)  # what does not fit together is told now, not after the start
+    module = make_module(args, args.folds[0], weights)  # what does not fit together is told before photos are decoded
+    data = read_training_data(args, run)
     with run.begin(data, weights, module, load=lambda path: load_network(path, args.backbone), fit=fit_photo):
         for fold in run.folds_left():
             train_fold(args, fold, data, weights, run)

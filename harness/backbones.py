@@ -34,6 +34,8 @@ def create(name):
     if name not in pretrainedmodels.model_names:
         raise InputError(f"--backbone {name}: pretrainedmodels has {', '.join(sorted(pretrainedmodels.model_names))}")
     network = pretrainedmodels.__dict__[name](num_classes=1000, pretrained=None)
+    if own_config(network, name)["input_space"] != "RGB":
+        raise InputError(f"--backbone {name} was made for BGR photos, which LeafNet.normalise does not make")
     network.aux_logits = False  # only Inception v3 has it: a second classifier, which we leave out
     return network
 
@@ -123,7 +125,7 @@ def find_weights(weights, backbone):
 
 def check_hash(path):
     """The path. Raises InputError if its name carries the start of its SHA-256 (name-0123abcd.pth) and that is another."""
-    claimed = re.search(r"-([0-9a-f]{8,})\.pth$", path.name)
+    claimed = re.search(r"-(?!\d{8}\.)([0-9a-f]{8,})\.pth$", path.name)  # eight digits are a date
     if claimed and not digest(path).startswith(claimed.group(1)):
         raise InputError(f"{path} is damaged (its SHA-256 is not that in its name): delete it and try again")
     return path
@@ -152,8 +154,6 @@ def own_weights(backbone, state):
 
     # timm's own loader knows the older names of its layers. It is strict about a whole network only, so it is given
     # one with the classifier that the file has: of so many classes, or none.
-    if not state:
-        raise ValueError("it is empty")  # timm would look for weights elsewhere
     names = config["classifier"] if isinstance(config["classifier"], tuple | list) else [config["classifier"]]
     n_classes = len(state.get(f"{names[0]}.weight", ()))
     file = {"state_dict": state, "num_classes": n_classes, "label_offset": 0}

@@ -130,7 +130,7 @@ pixels = number(int, 32, 2**31, "32 pixels or more, which the network needs")
 
 
 def file_or_folder(text):
-    if not text.isprintable() or "::" in text or "://" in text:  # bytes that are no UTF-8; Lightning's signs of a URL
+    if not (text and text.isprintable()) or "::" in text or "://" in text:  # no UTF-8; Lightning's signs of a URL
         raise argparse.ArgumentTypeError(f"{text!r} is no plain name of a file or folder: rename it")
     return os.path.expanduser(text)  # bash leaves the ~ of --log_dir=~/logs to the program
 
@@ -141,7 +141,8 @@ def parse_args(parser, argv=None):
         signal.signal(signal.SIGINT, stop)
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name) or open(os.devnull, "w")  # closed by the shell: >&-
-            setattr(sys, name, Stream(stream.detach(), stream.encoding, "backslashreplace", line_buffering=True))
+            if isinstance(stream, io.TextIOWrapper):  # a notebook's is not
+                setattr(sys, name, Stream(stream.detach(), stream.encoding, "backslashreplace", line_buffering=True))
     argv, known = list(sys.argv[1:] if argv is None else argv), parser._option_string_actions
     words = {word.split("=")[0] for word in argv[: argv.index("--") if "--" in argv else None]}
     for option in sorted(words - set(known)):

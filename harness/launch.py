@@ -34,8 +34,6 @@ def find_processes():
         with refusing("SLURM", RuntimeError, advice=" (docs/clusters.md)"):  # it asks for --ntasks-per-node
             # or folds of an array job would load each other's checkpoints
             return SLURMEnvironment(auto_requeue=False), n, n // int(os.environ["SLURM_NNODES"])
-    if n > 1 and PREFIX is None:
-        say("note: SLURM has given this job several tasks, but one process was started: srun python … starts them all")
     return LightningEnvironment(), 1, 1
 
 

@@ -187,9 +187,6 @@ def build_cache(path, photos, shape, fit, title):
     bar = tqdm(total=len(photos), desc=title, unit="photo")
     with atomic_write(path) as file, ThreadPoolExecutor(cpu_count()) as pool, bar:
         np.lib.format.write_array_header_2_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        file.flush()
-        with refusing(f"cannot map {path} into memory", OSError, advice="; name another folder with --cache_dir"):
-            np.memmap(file.name, mode="r")  # now, not when all is decoded
         for start in range(0, len(photos), at_once):
             for decoded in pool.map(attempt, photos[start : start + at_once]):
                 bar.update()

@@ -9,7 +9,7 @@ import torch
 from harness import devices
 from harness.console import InputError, quiet_libraries, say
 from harness.files import atomic_write, digest
-from harness.record import adopt_run_options, digest_sources, note_differences, read_results, record_path
+from harness.record import adopt_run_options, digest_sources, note_differences, read_own_csv, read_results, record_path
 
 TOLERANCE = 1e-3  # of probabilities in float32, from machine to machine
 PIXEL_TOLERANCE = 0.5  # of 255, on average: versions of OpenCV differ less
@@ -24,6 +24,8 @@ def prepare_prediction(args, n_folds, classes):
     adopt_run_options(args)
     if (trained := getattr(args, "classes", list(classes))) != list(classes):  # runs of before have not recorded them
         raise InputError(f"{args.log_dir} was trained with CLASSES = {tuple(trained)}, utils.py has other ones")
+    if (trained := read_own_csv(Path(args.log_dir) / "folds.csv", ("fold",))["fold"].max() + 1) != n_folds:
+        raise InputError(f"{args.log_dir} was trained with N_FOLDS = {trained}, utils.py has {n_folds}")
     checkpoints = read_results(args.log_dir, args.folds)
     kind, indices = devices.choose_device(args.gpus, args.cpu_processes)
     if kind == "cuda":
@@ -78,7 +80,7 @@ def check_networks(log_dir, networks, fit, accept=False):
 
 def keep_predictions(args, name, images, keys, n_classes):
     """Room on disk for a prediction while it is computed: float32 (n, k), nan where it is not; None if there is no room."""
-    options = (args.fingerprint, args.image_size, args.seed, args.precision, args.val_batch_size, n_classes)
+    options = (args.fingerprint, args.image_size, args.seed, args.precision, args.compile, args.val_batch_size)
     where = (len(args.devices), args.devices[0].type, devices.describe_environment())
     key = digest(repr((options, where, images.path.name, keys)))[:16]
     path = Path(args.log_dir) / "predictions" / f"{name}-{key}.npy"  # of what the same options, photos and files gave

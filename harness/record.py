@@ -98,13 +98,14 @@ def read_results(log_dir, folds):
     """The results of folds: DataFrame with fold, epoch, the metrics and checkpoint. Raises InputError if one is missing."""
     results = {fold: read_result(log_dir, fold) for fold in folds}
     if missing := " ".join(str(fold) for fold in folds if results[fold] is None):
-        raise InputError(f"{log_dir}: fold {missing} has no result or checkpoint; run train.py --folds {missing} first")
+        raise InputError(f"{log_dir}: fold {missing} has no result or checkpoint; train it, or name others: --folds")
     return pd.DataFrame(results.values())
 
 
 def describe_run(args, devices, fingerprints):
     """What a start trains with, dict of plain types. devices: text; fingerprints: name of an input to its SHA-256."""
     options = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED} | {"devices": devices}
+    options = yaml.safe_load(yaml.safe_dump(options, sort_keys=False))  # as they will be read, a tuple as a list
     options |= {name: os.path.abspath(options[name]) for name in FOLDERS}  # the later steps may run in another folder
     sources = digest_sources("train.py")
     record = {"format": FORMAT, "source": digest(repr(sources))[:8]}

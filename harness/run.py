@@ -30,6 +30,7 @@ class WholeCheckpoints(TorchCheckpointIO):
     """Writes a checkpoint whole or not at all; Lightning's own is not atomic across file systems."""
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
+        checkpoint.pop("hyper_parameters", None)  # of save_hyperparameters(): a network would not be read safely
         with atomic_write(path) as file:
             torch.save(checkpoint, file)
 
@@ -67,7 +68,7 @@ class EpochLog(pl.Callback):
     """One row per epoch, as CSV and for TensorBoard, in LOG_DIR/metrics. Raises InputError for a loss that is not finite."""
 
     def __init__(self, log_dir, fold):
-        self.path, self.fold, self.rows = Path(log_dir) / "metrics" / f"fold={fold}.csv", fold, []
+        self.path, self.fold, self.rows, self.loss = Path(log_dir) / "metrics" / f"fold={fold}.csv", fold, [], 0.0
 
     def state_dict(self):
         return {"rows": self.rows}
@@ -81,6 +82,7 @@ class EpochLog(pl.Callback):
 
     def on_train_epoch_start(self, trainer, module):
         self.started, self.lr, self.loss = time.monotonic(), trainer.optimizers[0].param_groups[0]["lr"], 0.0
+        trainer.callback_metrics.clear()  # Lightning keeps those of the epoch before where one is not logged again
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if outputs:
@@ -90,7 +92,6 @@ class EpochLog(pl.Callback):
         if not math.isfinite(self.loss):
             anew = f"train it anew (--fresh --folds {self.fold}) with --precision 32 or a smaller --learning_rate"
             raise InputError(f"fold {self.fold} stopped: a loss of epoch {trainer.current_epoch} is not finite; {anew}")
-        trainer.callback_metrics.clear()  # Lightning keeps those of the epoch before where one is not logged again
 
     def on_train_epoch_end(self, trainer, module):
         row, names = {"epoch": trainer.current_epoch, "lr": self.lr}, trainer.callback_metrics.keys() - {"loss", "lr"}
@@ -206,7 +207,8 @@ class Run:
             if wait_for_all:
                 wait_for_all()  # or the others would read the log directory of before
                 files = sorted(str(path) for path in Path(args.log_dir).rglob("*") if path.suffix in (".yaml", ".ckpt"))
-                launch.refuse_differences({"the files of the log directory": files} | record.comparable(mine))
+                seen = {"the files of the log directory": files, "--folds": args.folds}
+                launch.refuse_differences(seen | record.comparable(mine))
             if PREFIX is None:
                 network = f"{args.backbone}, {sum(part.numel() for part in module.parameters()):,} parameters"
                 say(f"{network}, from {weights or 'scratch'}, on {on}, {args.precision}")
