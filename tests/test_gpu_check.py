@@ -16,7 +16,7 @@ def machine(monkeypatch, tmp_path):
     """What main finds out about a machine without a GPU; a quick network and small photos."""
     monkeypatch.setattr(gpu_check, "BACKBONE", "squeezenet1_1")
     monkeypatch.setattr(gpu_check, "SMALL_SIZE", (32, 64))
-    found = {"device": torch.device("cpu"), "gpu": False, "size": (32, 64), "batch": 2, "precision": "32"}
+    found = {"device": torch.device("cpu"), "gpu": False, "size": (32, 64), "batch": 2, "step": 1.0, "precision": "32"}
     return SimpleNamespace(**found, folder=tmp_path, synchronise=lambda: None)
 
 

@@ -108,16 +108,14 @@ def check_resume(m, *options):
     yield row(" ".join(["training", *options, "killed and continued: same metrics"]), apart, holds=holds, about=about)
 
 
-def time_in_turns(m, *tasks):
-    """Median seconds of each function. They take turns, so that all see the same state of the machine."""
-    repeats, seconds = 10 if m.gpu else 1, []
-    for task in tasks * 6:
+def time_calls(m, function):
+    """Seconds of a call, the mean of several."""
+    for repeats in (2, 50 if m.gpu else 5):  # the first two warm up
         started = time.perf_counter()
         for _ in range(repeats):
-            task()
+            function()
         m.synchronise()
-        seconds.append((time.perf_counter() - started) / repeats)
-    return np.median(np.reshape(seconds, (6, -1))[1:], axis=0).tolist()  # the first turn warms up
+    return (time.perf_counter() - started) / repeats
 
 
 def make_step(m, batch, compiled=False):
@@ -150,11 +148,11 @@ def measure_training(m):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         step = make_step(m, batch)
-        (seconds,) = time_in_turns(m, step)
-        m.batch, m.step = batch, seconds
+        m.step = time_calls(m, step)
+        m.batch = batch
         if m.gpu:
             yield row(f"GPU memory, batch {batch}", torch.cuda.max_memory_reserved() / 2**30, "GiB")
-        yield row(f"training step, precision {m.precision}, batch {batch}", batch / seconds, "photos/s")
+        yield row(f"training step, precision {m.precision}, batch {batch}", batch / m.step, "photos/s")
 
 
 def measure_loader(m):
@@ -186,7 +184,7 @@ def measure_prediction(m):
         with torch.inference_mode(), devices.autocast(m.device.type, precision):
             network.probabilities(network(images)).cpu()
 
-    m.predict, m.validate = time_in_turns(m, partial(predict, "32"), partial(predict, m.precision))
+    m.predict, m.validate = (time_calls(m, partial(predict, precision)) for precision in ("32", m.precision))
     yield row(f"prediction in float32, batch {m.batch}", m.batch / m.predict, "photos/s")
     if m.precision != "32":
         yield row(f"  --precision {m.precision}, against float32", m.predict / m.validate, "x")
@@ -206,8 +204,7 @@ def measure_compiling(m):
     step()
     about = f"the first step takes {time.perf_counter() - started:.0f} s; TORCHINDUCTOR_DETERMINISTIC="
     about += os.environ.get("TORCHINDUCTOR_DETERMINISTIC", "0")  # of newer torch: no kernels chosen by timing
-    compiled, eager = time_in_turns(m, step, make_step(m, m.batch))
-    yield row("training step, --compile, against not", eager / compiled, "x", about=about)
+    yield row("training step, --compile, against not", m.step / time_calls(m, step), "x", about=about)
     yield from check_resume(m, "--compile")
 
 
