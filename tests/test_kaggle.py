@@ -1,46 +1,18 @@
-"""The five steps as Kaggle would run them: packed, on read-only inputs and a small disk, cut short and continued."""
+"""The five steps as Kaggle would run them: packed, cut short, and continued from a read-only output."""
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
 import yaml
-from conftest import QUICK, REPO, copy_recipe, edit, refusal, run_script
+from conftest import QUICK, REPO, edit, refusal, run_script
+from test_resume import read_only  # noqa: F401
 
 from tools import kaggle
 
 OPTIONS = " ".join([*QUICK, "--keep_checkpoints", "1"])
-
-
-@pytest.fixture
-def make_root(sample, tmp_path):
-    """A function that makes the folders of a Kaggle machine: inputs that are read-only, and 64 MB for the output."""
-    mounted = []
-
-    def mount(folder, *options):
-        command = ["mount", *options, folder]
-        if sys.platform != "linux" or os.geteuid() or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("nothing can be mounted here")
-        mounted[:] = [*dict.fromkeys([*mounted, folder])]
-
-    def make(name, output_of=None):
-        given, working = tmp_path / name / "input", tmp_path / name / "working"
-        shutil.copytree(sample, given / "plant-pathology-2020-fgvc7")
-        if output_of is not None:
-            shutil.copytree(output_of / "working", given / "plant-pathology-1")
-        working.mkdir()
-        mount(working, "-t", "tmpfs", "-o", "size=64m", "tmpfs")
-        mount(given, "--bind", given)
-        mount(given, "-o", "remount,ro,bind", given)
-        return tmp_path / name
-
-    yield make
-    for folder in reversed(mounted):
-        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 # The packed script. "cut": its time is over when a fold is finished.
@@ -63,9 +35,13 @@ def run_session(script, root, how="whole"):
 
 
 @pytest.mark.slow
-def test_an_edited_recipe_is_packed_cut_short_and_continued_from_its_read_only_output(sample, tmp_path, make_root):
+def test_an_edited_recipe_is_packed_cut_short_and_continued_from_its_read_only_output(
+    repo,
+    sample,
+    tmp_path,
+    read_only,  # noqa: F811
+):
     """The edit imports a file from a folder, and reads a CSV of an earlier run, which step 2 will write anew, and one beside it."""
-    repo = copy_recipe(tmp_path / "repo")
     shutil.copytree(REPO / "tools", repo / "tools")
     shutil.copy(REPO / "requirements.txt", repo)
     (repo / "losses").mkdir()
@@ -88,7 +64,10 @@ def test_an_edited_recipe_is_packed_cut_short_and_continued_from_its_read_only_o
     assert described[0]["code_file"] == "run.py" and described[0]["id"] == "somebody/plant-pathology-1"
     assert [kernel["kernel_sources"] for kernel in described] == [[], ["somebody/plant-pathology-1"]]
 
-    first = make_root("a")
+    first, second = tmp_path / "a", tmp_path / "b"
+    for root in (first, second):
+        shutil.copytree(sample, root / "input" / "plant-pathology-2020-fgvc7")
+        (root / "working").mkdir()
     printed = run_session(repo / "push1" / "run.py", first, "cut")
     assert "python -m tools.kaggle NAME --session 2" in printed.splitlines()[-1]
     left = {path.name for path in (first / "working").iterdir() if not path.name.startswith(".")}
@@ -96,7 +75,8 @@ def test_an_edited_recipe_is_packed_cut_short_and_continued_from_its_read_only_o
     packed = {path.relative_to(first / "temp" / "repository").parts[0] for path in first.glob("temp/repository/**/*")}
     assert "losses" in packed and not {"analysis", "tools", "tests", "compare.py", "predict.py"} & packed
 
-    second = make_root("b", output_of=first)
+    shutil.copytree(first / "working", second / "input" / "plant-pathology-1")
+    read_only(second / "input")
     printed, working = run_session(repo / "push2" / "run.py", second), second / "working"
     assert f"going on from {second}/input/plant-pathology-1" in printed
     assert "fold 0 is finished already" in printed and "fold 4 is finished already" not in printed

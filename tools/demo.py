@@ -40,10 +40,7 @@ def main():
         if status := subprocess.call([sys.executable, *command.split()], cwd=FOLDER, env=environment):
             raise SystemExit(f"error: that command ended with status {status}")
     minutes = (time.monotonic() - started) / 60
-    print(f"\nMean column-wise ROC AUC, after {minutes:.1f} minutes:\n{'':34}{'step 1':>8}{'step 3':>8}")
-    one, three = (pd.read_csv(FOLDER / logs / "results.csv")["val_roc_auc"] for logs in ("logs", "logs_submit_distill"))
-    for fold in one.index:
-        print(f"{f'fold {fold}, best epoch, validation':34}{one[fold]:8.4f}{three[fold]:8.4f}")
+    print(f"\nMean column-wise ROC AUC, after {minutes:.1f} minutes:")
     train, test = (pd.read_csv(FOLDER / "sample" / name, index_col=0) for name in ("train.csv", "test_labels.csv"))
     print(f"{'out-of-fold, soft_labels.csv':34}{auc_of(train, 'soft_labels.csv'):8.4f}\non the sample's test labels:")
     for name in ("submission.csv", "submission_distill.csv", "submission_mix.csv"):

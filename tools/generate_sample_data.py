@@ -21,7 +21,7 @@ import pandas as pd
 from joblib import cpu_count
 from tqdm import tqdm
 
-from harness.console import InputError, Parser, file_or_folder, not_negative, parse_args, positive, say
+from harness.console import InputError, Parser, file_or_folder, not_negative, number, parse_args, say
 from harness.files import write_csv
 from utils import CLASSES
 
@@ -158,8 +158,7 @@ def place_spots(kinds, leaf, height, width, rng):
     """Random spots of the given kinds on the leaf and in the photo: list of (kind, x, y, radius), pixels."""
     spots = []
     for kind in kinds:
-        low, high = SPOT_COUNTS[kind]
-        for _ in range(rng.integers(low, high + 1)):
+        for _ in range(rng.integers(*SPOT_COUNTS[kind], endpoint=True)):
             apart = 1.0
             while True:
                 radius = rng.uniform(*SPOT_RADII[kind])
@@ -270,7 +269,7 @@ def one_hot(split, labels):
     return pd.DataFrame(table | {name: [int(label == name) for label in labels] for name in CLASSES})
 
 
-def generate(out, n_train, n_test, photo_size, seed, threads):
+def generate(out, n_train, n_test, photo_size, seed):
     """Write the whole data set into the folder `out` (Path); photo_size is (height, width) in pixels."""
     # Photos are seeded with [seed, split, index]. A 0 at the end doesn't count: [seed, 0] would be Train_0's seed.
     label_rng = np.random.default_rng([seed, len(SPLITS)])
@@ -279,7 +278,7 @@ def generate(out, n_train, n_test, photo_size, seed, threads):
     (out / "images").mkdir(parents=True, exist_ok=True)
     cv2.setNumThreads(1)  # the pool already uses the cores
     jobs = [(split, index, label) for split in (0, 1) for index, label in enumerate(labels[split])]
-    with ThreadPool(threads) as pool:  # numpy and OpenCV let go of the interpreter's lock while they draw
+    with ThreadPool(min(8, cpu_count())) as pool:  # numpy and OpenCV let go of the interpreter's lock while they draw
         photos = pool.imap(lambda job: write_photo(job, out, photo_size, seed), jobs)
         rows = [row for photo in tqdm(photos, "photos", len(jobs)) for row in photo]
     train, test = one_hot(0, given), one_hot(1, labels[1])
@@ -293,16 +292,14 @@ def generate(out, n_train, n_test, photo_size, seed, threads):
 
 
 def main(argv=None):
-    parser, size = Parser(__doc__), {"type": positive, "nargs": 2, "metavar": ("H", "W")}
+    parser, size = Parser(__doc__), {"type": number(int, 64, 2**14, "64 or more"), "nargs": 2, "metavar": ("H", "W")}
     parser.add_argument("--out", type=file_or_folder, default="data_sample", help="folder to write")
-    parser.add_argument("--n_train", type=positive, default=240, help="number of training photos")
-    parser.add_argument("--n_test", type=positive, default=120, help="number of test photos")
+    n_photos = number(int, 8, 2**31, "8 or more")
+    parser.add_argument("--n_train", type=n_photos, default=240, help="number of training photos")
+    parser.add_argument("--n_test", type=n_photos, default=120, help="number of test photos")
     parser.add_argument("--photo_size", **size, default=[256, 384], help="height and width, in pixels")
     parser.add_argument("--seed", type=not_negative, default=2020, help="another seed draws other leaves")
-    parser.add_argument("--threads", type=positive, default=min(8, cpu_count()), help="photos drawn at the same time")
     args = parse_args(parser, argv)
-    if min(args.n_train, args.n_test) < 8 or min(args.photo_size) < 64:
-        raise InputError("--n_train and --n_test must be at least 8, both sides of --photo_size at least 64 pixels")
     out, options = Path(args.out), {name: getattr(args, name) for name in ("n_train", "n_test", "photo_size", "seed")}
     record, sample = out / "sample.json", json.dumps({"renderer_version": RENDERER_VERSION, **options}) + "\n"
     if not record.is_file() or record.read_text() != sample:
@@ -312,7 +309,7 @@ def main(argv=None):
         record.write_text(sample)  # first, so that an interrupted run can be repeated
     elif (out / "train.csv").is_file():
         return say(f"{out}: already there")
-    generate(out, threads=args.threads, **options)
+    generate(out, **options)
     say(f"{out}: {args.n_train} training and {args.n_test} test photos")
 
 

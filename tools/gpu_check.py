@@ -15,23 +15,18 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pytorch_lightning as pl
 import torch
 from joblib import cpu_count
-from torch._inductor import config as inductor
-from torch.utils.data import DataLoader
 
 from dataset import LeafDataset, make_loader, train_augmentation
 from harness import console, devices
 from harness.files import atomic_write
-from harness.run import UnscaleFirst
-from models import LeafModule, LeafNet, fold_batch_norm
+from models import LeafNet, fold_batch_norm
 from tools.generate_sample_data import generate
 
 REPO = Path(__file__).parent.parent
@@ -53,13 +48,10 @@ def draw_batch(device, batch, size):
     return torch.from_numpy(images).to(device), torch.eye(4, device=device)[torch.arange(batch) % 4]
 
 
-def draw_network(device, plain=False):
-    """LeafNet with the same weights each time; plain: without channels last, neither in its weights nor in its photos."""
+def draw_network(device):
+    """LeafNet with the same weights each time, channels last as in train.py."""
     torch.manual_seed(0)
-    network = LeafNet(BACKBONE).to(device)
-    if plain:
-        network.normalise = lambda images: LeafNet.normalise(network, images).contiguous()
-    return network if plain else network.to(memory_format=torch.channels_last)
+    return LeafNet(BACKBONE).to(device, memory_format=torch.channels_last)
 
 
 def check_logits(m):
@@ -68,31 +60,6 @@ def check_logits(m):
     apart = float(((on_cpu - here).abs() / on_cpu.std(0)).max())
     about = f"in standard deviations over photos, less than {TOLERANCE}"
     yield row("float32 logits as on the CPU", apart, holds=apart < TOLERANCE, about=about)
-
-
-def given_gradient(m, parts=1, **options):
-    """What Adam is given in a training step by Lightning, on 8 photos in so many parts: float (n,). options: of pl.Trainer."""
-    network = draw_network("cpu").eval()  # Lightning leaves it so: batch norm would see other photos in parts
-    chunks = zip(*(drawn.chunk(parts) for drawn in draw_batch("cpu", 8, SMALL_SIZE)), strict=True)
-    batches = [{"image": images, "label": labels} for images, labels in chunks]
-    options |= {f"enable_{part}": False for part in ("checkpointing", "progress_bar", "model_summary")}
-    where = {"accelerator": m.device.type, "devices": 1}
-    trainer = pl.Trainer(max_epochs=1, accumulate_grad_batches=parts, logger=False, **where, **options)
-    trainer.fit(LeafModule(network, "cosine", 1e-3, seed=0), DataLoader(batches, batch_size=None))
-    (adam,) = trainer.optimizers  # after one step its first moment is 0.1 of the gradient
-    return torch.cat([state["exp_avg"].cpu().flatten() for state in adam.state.values()]) / 0.1
-
-
-def check_gradients(m):
-    """--accumulate_grad_batches in float32; then fp16 with our loss scaler, whose factor is 1024."""
-    whole, halves = given_gradient(m), given_gradient(m, parts=2)
-    apart = float((whole - halves).norm() / whole.norm())
-    yield row("the gradient of two parts is that of the whole", apart, holds=apart < 1e-3, about="relative")
-    limit = float(whole.norm()) / 2
-    plugin = UnscaleFirst("16-mixed", m.device.type, torch.amp.GradScaler(m.device.type, init_scale=1024.0))
-    norm = float(given_gradient(m, plugins=[plugin], gradient_clip_val=limit).norm()) / limit
-    about = "against the limit; clipped before unscaling, it would be 0.001"
-    yield row("fp16: the gradient is clipped after unscaling", norm, holds=0.9 < norm < 1.001, about=about)
 
 
 # Runs train.py so that it keeps a resume point after every epoch, and kills it before the epoch of the first argument.
@@ -111,60 +78,58 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def train(m, log_dir, *options, killed_before=99, **environment):
+def train(m, log_dir, *options, killed_before=99):
     """train.py on rendered photos: metrics of fold 0, DataFrame, and what it printed. RuntimeError if it ends otherwise."""
     if not (m.folder / "sample").exists():
-        generate(m.folder / "sample", n_train=41, n_test=8, photo_size=(96, 144), seed=0, threads=2)
+        generate(m.folder / "sample", n_train=41, n_test=8, photo_size=(96, 144), seed=0)
     words = f"--data_dir sample --log_dir {log_dir} --folds 0 --max_epochs 3 --train_batch_size 8 --weights none "
     words += f"--image_size {SMALL_SIZE[0]} {SMALL_SIZE[1]} --backbone "
     words += f"{BACKBONE} --gpus 0" if m.gpu else "squeezenet1_1"
     command = [sys.executable, "-c", KILLED, str(killed_before), str(REPO / "train.py"), *words.split(), *options]
     with tempfile.TemporaryDirectory() as cache:  # as on another machine, where nothing is compiled already
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, **environment}
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
         done = subprocess.run(command, cwd=m.folder, env=environment, capture_output=True, text=True, timeout=1800)
     if done.returncode != (9 if killed_before < 99 else 0):
         raise RuntimeError(f"train.py ended with status {done.returncode}: {''.join(done.stderr.splitlines()[-1:])}")
     return pd.read_csv(m.folder / log_dir / "metrics" / "fold=0.csv").drop(columns="seconds"), done.stdout
 
 
-def check_resume(m, what="training", *options, **environment):
+def check_resume(m, *options):
     """Whether a training that is killed before its third epoch and goes on ends as one that is not killed."""
-    log_dir = what.strip("-").replace(" ", "_")
-    whole, _ = train(m, log_dir, *options, **environment)
-    train(m, f"{log_dir}_2", *options, killed_before=2, **environment)
-    killed, printed = train(m, f"{log_dir}_2", *options, **environment)
+    log_dirs = [f"{kind}{''.join(options)}" for kind in ("whole", "killed")]
+    whole, _ = train(m, log_dirs[0], *options)
+    train(m, log_dirs[1], *options, killed_before=2)
+    killed, printed = train(m, log_dirs[1], *options)
     if "going on after epoch 1" not in printed:
         raise RuntimeError("it did not go on from where it was killed")
     apart = float(np.abs(whole - killed).to_numpy().max())
     holds = len(killed) == 3 and (apart == 0 or m.gpu and apart < 1e-2)  # a GPU's sums may have no fixed order
     about = "to the bit" if apart == 0 else "not to the bit"
-    yield row(f"{what}, killed and continued: the same metrics", apart, holds=holds, about=about)
+    yield row(" ".join(["training", *options, "killed and continued: same metrics"]), apart, holds=holds, about=about)
 
 
-def time_in_turns(m, *tasks):
-    """Median seconds of each function. They take turns, so that all see the same state of the machine."""
-    repeats, seconds = 10 if m.gpu else 1, []
-    for task in tasks * 6:
+def time_calls(m, function):
+    """Seconds of a call, the mean of several."""
+    for repeats in (2, 50 if m.gpu else 5):  # the first two warm up
         started = time.perf_counter()
         for _ in range(repeats):
-            task()
+            function()
         m.synchronise()
-        seconds.append((time.perf_counter() - started) / repeats)
-    return np.median(np.reshape(seconds, (6, -1))[1:], axis=0).tolist()  # the first turn warms up
+    return (time.perf_counter() - started) / repeats
 
 
-def make_step(m, batch=None, plain=False, compiled=False):
-    """A function that takes one training step as train.py does, or as plain float32 code would."""
-    network, precision = draw_network(m.device, plain).train(), "32" if plain else m.precision
+def make_step(m, batch, compiled=False):
+    """A function that takes one training step as train.py does."""
+    network = draw_network(m.device).train()
     if compiled:
         network.compile()
-    optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=not plain)
-    scaler = torch.amp.GradScaler(m.device.type, init_scale=1024.0, enabled=precision == "16")
-    drawn = draw_batch(m.device, batch or m.batch, m.size)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True)
+    scaler = torch.amp.GradScaler(m.device.type, init_scale=1024.0, enabled=m.precision == "16")
+    drawn = draw_batch(m.device, batch, m.size)
 
     def step(images=drawn[0], labels=drawn[1]):
         optimizer.zero_grad()
-        with devices.autocast(m.device.type, precision):
+        with devices.autocast(m.device.type, m.precision):
             loss = torch.nn.functional.cross_entropy(network(images), labels)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -175,24 +140,19 @@ def make_step(m, batch=None, plain=False, compiled=False):
     return step
 
 
-def measure_memory(m):
-    """Peak memory of a step for several batches. What comes after it is about the largest that fits."""
-    for batch in m.batches if m.gpu else ():
-        step = None  # or the one before would count
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        step = make_step(m, batch)
-        step(), step()  # Adam's state is made at the end of the first
-        m.batch = batch
-        yield row(f"GPU memory, batch {batch}", torch.cuda.max_memory_reserved() / 2**30, "GiB")
-
-
 def measure_training(m):
-    step = make_step(m)
-    (m.step,) = time_in_turns(m, step)
-    yield row(f"training step, precision {m.precision}, batch {m.batch}", m.batch / m.step, "photos/s")
-    ours, plain = time_in_turns(m, step, make_step(m, plain=True))
-    yield row("  training, against plain float32 (eager, NCHW)", plain / ours, "x")
+    """Peak memory and rate of a step for several batches. What comes after it is about the largest that fits."""
+    for batch in m.batches if m.gpu else m.batches[:1]:
+        step = None  # or the one before would count
+        if m.gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        step = make_step(m, batch)
+        m.step = time_calls(m, step)
+        m.batch = batch
+        if m.gpu:
+            yield row(f"GPU memory, batch {batch}", torch.cuda.max_memory_reserved() / 2**30, "GiB")
+        yield row(f"training step, precision {m.precision}, batch {batch}", batch / m.step, "photos/s")
 
 
 def measure_loader(m):
@@ -202,7 +162,7 @@ def measure_loader(m):
     dataset = LeafDataset(images.numpy(), ["Train_0"], labels.numpy(), train_augmentation())
     keys = [(0, draw, 0) for draw in range((n_steps + first) * m.batch)]
     loader = make_loader(dataset, keys, m.batch, m.num_workers, pin_memory=m.gpu)
-    step = make_step(m)
+    step = make_step(m, m.batch)
     for number, batch in enumerate(loader):
         if number == first:
             m.synchronise()
@@ -216,18 +176,16 @@ def measure_loader(m):
 def measure_prediction(m):
     """As steps 2 and 4 predict, and in the precision in which train.py validates."""
     images, _ = draw_batch(m.device, m.batch, m.size)
-    ours, simple = draw_network(m.device).eval(), draw_network(m.device, plain=True).eval()
-    fold_batch_norm(ours.backbone)
-    ours.to(memory_format=torch.channels_last)
+    network = draw_network(m.device).eval()
+    fold_batch_norm(network.backbone)
+    network.to(memory_format=torch.channels_last)
 
-    def predict(network, precision="32"):
+    def predict(precision):
         with torch.inference_mode(), devices.autocast(m.device.type, precision):
             network.probabilities(network(images)).cpu()
 
-    tasks = partial(predict, ours), partial(predict, simple), partial(predict, ours, m.precision)
-    m.predict, plain, m.validate = time_in_turns(m, *tasks)
+    m.predict, m.validate = (time_calls(m, partial(predict, precision)) for precision in ("32", m.precision))
     yield row(f"prediction in float32, batch {m.batch}", m.batch / m.predict, "photos/s")
-    yield row("  prediction, against plain float32 (eager, NCHW)", plain / m.predict, "x")
     if m.precision != "32":
         yield row(f"  --precision {m.precision}, against float32", m.predict / m.validate, "x")
 
@@ -242,32 +200,24 @@ def estimate_hours(m):
 
 def measure_compiling(m):
     """What --compile does to the time of a training step, and to a training that is killed and continued."""
-    for deterministic in range(1 + hasattr(inductor, "deterministic")):  # older torch lacks it
-        if deterministic:
-            inductor.deterministic = True
-        how = "--compile" + ", deterministic" * deterministic
-        torch.compiler.reset()
-        started, step = time.perf_counter(), make_step(m, compiled=True)
-        step()
-        about = f"the first step takes {time.perf_counter() - started:.0f} s"
-        compiled, eager = time_in_turns(m, step, make_step(m))
-        yield row(f"training step, {how}, against not", eager / compiled, "x", about=about)
-        yield from check_resume(m, how, "--compile", TORCHINDUCTOR_DETERMINISTIC=str(deterministic))
+    started, step = time.perf_counter(), make_step(m, m.batch, compiled=True)
+    step()
+    about = f"the first step takes {time.perf_counter() - started:.0f} s; TORCHINDUCTOR_DETERMINISTIC="
+    about += os.environ.get("TORCHINDUCTOR_DETERMINISTIC", "0")  # of newer torch: no kernels chosen by timing
+    yield row("training step, --compile, against not", m.step / time_calls(m, step), "x", about=about)
+    yield from check_resume(m, "--compile")
 
 
-QUICK = [check_logits, check_gradients, measure_memory, measure_training, measure_loader, measure_prediction]
-QUICK += [estimate_hours]
+QUICK = [check_logits, measure_training, measure_loader, measure_prediction, estimate_hours]
 
 
 def main(m):
     """Print and keep the table. m: the command line, to which is added what the checks need and find out."""
-    console.quiet_libraries()
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
     devices.compute_exactly("32")
     kind, _ = devices.choose_device(None)
     m.device, m.gpu, m.precision = torch.device(kind, 0), kind == "cuda", devices.choose_precision(None, kind)
     m.synchronise = torch.cuda.synchronize if m.gpu else lambda: None
-    m.size, m.batch = m.image_size or (SIZE if m.gpu else SMALL_SIZE), m.batches[0]
+    m.size = m.image_size or (SIZE if m.gpu else SMALL_SIZE)
     name, software = torch.cuda.get_device_name() if m.gpu else "CPU: there is no GPU", devices.describe_environment()
     if m.gpu:
         driver = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader")

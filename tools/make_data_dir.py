@@ -56,15 +56,13 @@ def name_photos(folder, taken):
     return names
 
 
-def write_links(photos, folder):
-    """Write a link to each photo, image_id.jpg, or a copy of it. photos: dict of image_id to Path."""
-    for image_id, path in photos.items():
-        target = folder / f"{image_id}.jpg"
-        try:
-            os.symlink(path, target)
-        except OSError:
-            with open(path, "rb") as photo, open(target, "xb") as copy:  # x: never through a link into a photo
-                shutil.copyfileobj(photo, copy)
+def link_or_copy(path, link):
+    """Make a link to a photo, or a copy of it where the disk has no links."""
+    try:
+        os.symlink(path, link)
+    except OSError:
+        with open(path, "rb") as photo, open(link, "xb") as copy:  # x: never through a link into a photo
+            shutil.copyfileobj(photo, copy)
 
 
 def main():
@@ -86,7 +84,8 @@ def main():
     with refusing(f"cannot write {out}", OSError):
         (out / "images").mkdir(parents=True)
         for photos in (*of_class.values(), test):
-            write_links(photos, out / "images")
+            for image_id, path in photos.items():
+                link_or_copy(path, out / "images" / f"{image_id}.jpg")
     labels = pd.Series({image_id: name for name, photos in of_class.items() for image_id in photos}, dtype=object)
     one_hot = pd.get_dummies(labels, dtype=int)[list(CLASSES)]
     write_csv(out / "train.csv", one_hot.rename_axis("image_id").reset_index())
