@@ -101,20 +101,18 @@ def said(tmp_path, monkeypatch, capsys):
     return compare_them
 
 
-def write_run(name, seed, skill=2.2, n=400, folds=range(5), fold_seed=0, **options):
+def write_run(name, seed, skill=2.2, folds=range(5), fold_seed=0, **options):
     """A log directory as train.py leaves it, of a simulated network; what compare.py does not read is left out."""
-    labels, misleading = draw_photos(np.random.default_rng(0), n)
-    order = np.random.default_rng(1).permutation(len(labels))
-    probabilities = simulate(np.random.default_rng(seed), labels[order], misleading[order], skill)
+    labels, misleading = draw_photos(np.random.default_rng(0), 400)
+    probabilities = simulate(np.random.default_rng(seed), labels, misleading, skill)
     fold = np.random.default_rng(fold_seed).permutation(len(labels)) % 5
     table = pd.DataFrame({"image_id": [f"Train_{i}" for i in range(len(labels))], "fold": fold})
     folder = Path(name)
     folder.mkdir()
     table.to_csv(folder / "folds.csv", index=False)
-    table[["label", *CLASSES]] = np.column_stack([np.array(CLASSES, object)[labels[order]], probabilities])
+    table[["label", *CLASSES]] = np.column_stack([np.array(CLASSES, object)[labels], probabilities])
     table[table["fold"].isin(folds)].to_csv(folder / "out_of_fold.csv", index=False)
-    record = {"format": FORMAT, "source": f"of {skill}", "environment": {}, "result": {}}
-    record |= {"options": {"seed": seed, "limit": None, **options}}
+    record = {"format": FORMAT, "source": f"of {skill}", "result": {}, "options": {"seed": seed, **options}}
     record |= {"fingerprints": {"models.py": str(skill), "train.csv": "0123"}}
     for number in folds:
         (folder / "metrics" / f"fold={number}").mkdir(parents=True)
@@ -177,7 +175,7 @@ def test_what_differs_is_read_of_each_fold_in_either_order(said):
     mixed = write_run("mixed", 1)
     shutil.copy(mixed / "metrics" / "fold=0" / "hparams.yaml", mixed)
     for fold in (3, 4):
-        change_record(mixed, fold, options={"seed": 1, "limit": None, "mixup": 0.4})
+        change_record(mixed, fold, options={"seed": 1, "mixup": 0.4})
     text = said("logs", "mixed")
     nothing = "fold 0 1 2: nothing differs in options, inputs and source files; "
     assert f"mixed against logs\n{nothing}fold 3 4: mixup was None, is 0.4\n" in text
@@ -231,7 +229,7 @@ def test_what_cannot_be_compared_is_refused_and_a_csv_never_takes_the_place_of_w
         "has the columns image_id,fold,x,healthy": text.replace("label", "x", 1),
         "other/out_of_fold.csv is damaged: not what train": text.replace("Train_7,", "Train_8,"),
         "other/out_of_fold.csv is damaged": "",
-        "other has other labels than logs, of Train_0 and 0 others": text.replace(",scab,", ",rust,", 1),
+        "other has other labels than logs, of Train_270 and 0 others": text.replace(",scab,", ",rust,", 1),
     }.items():
         (other / "out_of_fold.csv").write_text(content)
         assert re.search(expected, refusal(said, "logs", "other"))
