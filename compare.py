@@ -186,10 +186,9 @@ def compare_submissions(path, against):
     ours = read_table(path, ("image_id", *CLASSES))
     theirs = read_table(against, ("image_id", *CLASSES), wanted=ours["image_id"])
     a, b = (table[list(CLASSES)].to_numpy() for table in (ours, theirs))
-    figures = {}
-    for name in CLASSES:
-        ranks = [table[name].rank() for table in (ours, theirs)]
-        figures[f"rank correlation, {name}"] = np.nan if 0 in np.std(ranks, axis=1) else np.corrcoef(ranks)[0, 1]
+    ranks = {name: [table[name].rank() for table in (ours, theirs)] for name in CLASSES}
+    with np.errstate(invalid="ignore"):  # of equal values: nan
+        figures = {f"rank correlation, {name}": np.corrcoef(both)[0, 1] for name, both in ranks.items()}
     figures["photos with the same class first"] = (a.argmax(1) == b.argmax(1)).sum()
     figures["AUC of the first, if the second decides right"] = mean_auc(decide(b), a)
     figures["AUC of the second, if the first decides right"] = mean_auc(decide(a), b)

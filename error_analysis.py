@@ -38,7 +38,6 @@ from tqdm import tqdm
 
 from analysis import figures
 from analysis.heat_maps import count_cells, data_uri, mark_photo, shrink
-from analysis.page import write_page
 from dataset import fit_photo, read_train
 from harness.console import say
 from harness.files import check_writable, write_csv
@@ -111,8 +110,7 @@ def add_suspicions(table, hashes):
     """Add the columns suspect (rank from 1, or empty), suspected_label and near_duplicates. Returns the pairs."""
     probabilities, labels = table[list(CLASSES)].to_numpy(), parse_labels(table["label"])
     suspects = find_suspects(labels, probabilities)
-    rank = pd.Series(range(1, len(suspects) + 1), index=suspects, dtype="Int64")
-    table["suspect"] = rank.reindex(table.index)
+    table["suspect"] = pd.Series(range(1, len(suspects) + 1), index=suspects, dtype="Int64")
     others = np.where(labels, -1, probabilities)
     table["suspected_label"] = np.where(table["suspect"].notna(), np.array(CLASSES)[others.argmax(1)], "")
     pairs = find_near_duplicates(hashes)
@@ -217,7 +215,7 @@ def main(args):
     page |= {"photos": rows.to_dict("records"), "pictures": pictures, "worst": worst, "confident": confident}
     page |= {"suspects": suspects, "pairs": pairs, "contradicting": contradicting, "leaking": leaking}
     page["confusion"] = labels.T.astype(int) @ decide(probabilities)
-    write_page("error_analysis.html", "error_analysis_page.html.jinja", page)
+    figures.write_page("error_analysis.html", "error_analysis_page.html.jinja", page)
     say(
         f"wrote error_analysis.html and error_analysis.csv: {len(table)} photos, out-of-fold AUC {auc:.5f}, "
         f"{table['wrong'].sum()} wrong, {len(suspects)} suspect labels, {len(pairs)} pairs of near-duplicates "

@@ -44,8 +44,8 @@ from joblib import cpu_count
 from PIL import Image
 from tqdm import tqdm
 
+from analysis.figures import write_page
 from analysis.heat_maps import SHOWN, count_cells, data_uri, mark_photo, shrink
-from analysis.page import write_page
 from dataset import LeafDataset, load_photo
 from harness.console import InputError, say
 from harness.files import atomic_write, check_writable, write_csv
@@ -96,11 +96,10 @@ def search_folder(folder):
     """
     photos, others, hidden, errors, seen = [], [], [], [], set()
     for parent, folders, files in os.walk(folder, onerror=errors.append, followlinks=True):
-        place = os.stat(parent)
-        if (place.st_dev, place.st_ino) in seen:  # a link leads here again, perhaps in a circle
+        if (place := os.path.realpath(parent)) in seen:  # a link leads here again, perhaps in a circle
             folders.clear()
             continue
-        seen.add((place.st_dev, place.st_ino))
+        seen.add(place)
         left_out = {name for name in folders + files if name.startswith(".") or name.lower() in OF_SYSTEMS}
         hidden += [Path(parent) / name for name in left_out]
         folders[:] = sorted(set(folders) - left_out)

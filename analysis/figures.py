@@ -1,22 +1,22 @@
-"""The pictures of error_analysis.html: curves as SVG that takes the page's colours, augmented photos as arrays."""
+"""Pages in one file, and their pictures: curves as SVG that takes the page's colours, augmented photos as arrays."""
 
 import io
 import random
 import re
 import warnings
 from collections import Counter
+from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws into files: no screen is needed
 import matplotlib.pyplot as plt
 import numpy as np
+from jinja2 import Environment, FileSystemLoader
 from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.ticker import MaxNLocator
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 
 from dataset import train_augmentation
+from harness.files import atomic_write
 from utils import CLASSES
 
 FEW_COLOURS = ("#009e73", "#cc79a7", "#d55e00", "#3a87c8", "#8a7a00")  # the colour-blind can tell them apart
@@ -31,9 +31,8 @@ in_page_style = plt.rc_context(STYLE)  # a decorator
 
 def colours(n):
     """A colour for each of n classes or folds, list of texts like #009e73, for light and dark pages."""
-    if n <= len(FEW_COLOURS):
-        return list(FEW_COLOURS[:n])
-    return [to_hex(hsv_to_rgb((k / n, 0.9, (0.55, 0.85)[k % 2]))) for k in range(n)]
+    many = [to_hex(hsv_to_rgb((k / n, 0.9, (0.55, 0.85)[k % 2]))) for k in range(n)]
+    return list(FEW_COLOURS[:n]) if n <= len(FEW_COLOURS) else many
 
 
 def as_svg(figure):
@@ -49,12 +48,10 @@ def as_svg(figure):
 def draw_roc(labels, probabilities, aucs):
     """ROC curve of each class: labels bool (n, k), probabilities (n, k), AUCs float (k,), nan if not defined → SVG."""
     figure, axes = plt.subplots()
-    for k, colour in enumerate(colours(len(CLASSES))):
-        false = true = []
-        if not np.isnan(aucs[k]):
-            false, true, _ = roc_curve(labels[:, k], probabilities[:, k])
-        auc = "not defined" if np.isnan(aucs[k]) else f"{aucs[k]:.4f}"
-        axes.plot(false, true, color=colour, label=f"{CLASSES[k]}: {auc}".replace("_", " "))
+    for k, auc in enumerate(aucs):
+        false, true, _ = ([], [], []) if np.isnan(auc) else roc_curve(labels[:, k], probabilities[:, k])
+        shown = "not defined" if np.isnan(auc) else f"{auc:.4f}"
+        axes.plot(false, true, color=colours(len(CLASSES))[k], label=f"{CLASSES[k]}: {shown}".replace("_", " "))
     axes.plot([0, 1], [0, 1], ":", color=INK, linewidth=1)
     axes.set(xlabel="false alarms, share of the other photos", ylabel="found, share of the photos of this class")
     axes.legend(title="AUC", loc="lower right", fontsize="medium" if len(CLASSES) < 7 else "small")
@@ -97,6 +94,14 @@ def draw_epochs(metrics, column, label, dashed=None, best=None):
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes.legend()
     return as_svg(figure)
+
+
+def write_page(path, template, page):
+    """Fill a template of this folder with a dict, and write the page, which needs no network, whole or not at all."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    text = environment.get_template(template).render(classes=CLASSES, colours=colours(len(CLASSES)), **page)
+    with atomic_write(path, "w") as file:
+        file.write(text)
 
 
 def single_operations(augmentation):

@@ -24,13 +24,8 @@ def cell_maps(network, images, classes):
     class, minus the mean over all classes (softmax ignores that), minus the mean over all cells; negative values become 0.
     """
     found = []
-    hook = network.maps.register_forward_hook(lambda module, inputs, maps: found.append(maps))
-    with torch.inference_mode():
-        try:
-            images = torch.from_numpy(np.ascontiguousarray(images)).to(network.mean.device)
-            network.logits(network.normalise(images))
-        finally:
-            hook.remove()
+    with torch.inference_mode(), network.maps.register_forward_hook(lambda module, inputs, maps: found.append(maps)):
+        network.logits(network.normalise(torch.from_numpy(np.ascontiguousarray(images)).to(network.mean.device)))
         maps = found[0].float()
         cells = network.bn(maps.flatten(2).transpose(1, 2).flatten(0, 1)).unflatten(0, (len(maps), -1))
         weights = (network.fc.weight - network.fc.weight.mean(0))[list(classes)]
@@ -60,11 +55,8 @@ def shrink(photo, longest=SHOWN):
 
 
 def overlay(photo, heat):
-    """Lay a heat map over the photo it is about, of any size: uint8 (height, width, 3), RGB.
-
-    heat: float (h, w) from 0 to 1, lying as the network saw the photo, so a portrait photo's map is turned back.
-    """
-    heat = heat.T if photo.shape[0] > photo.shape[1] else heat
+    """Lay a heat map, float (h, w) from 0 to 1, over its photo of any size: uint8 (height, width, 3), RGB."""
+    heat = heat.T if photo.shape[0] > photo.shape[1] else heat  # the network saw a portrait photo transposed
     heat = np.clip(cv2.resize(np.ascontiguousarray(heat), photo.shape[1::-1], interpolation=cv2.INTER_CUBIC), 0, 1)
     opacity = STRENGTH * heat[..., None]
     return (photo * (1 - opacity) + np.array(HEAT) * opacity).astype(np.uint8)

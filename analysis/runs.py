@@ -19,12 +19,11 @@ class TrainedRun:
     """What a log directory holds of its finished folds."""
 
     name: str  # the directory
-    image_ids: list
+    image_ids: pd.Index
     folds: np.ndarray  # int (n,)
     labels: np.ndarray  # bool (n, k)
     probabilities: np.ndarray  # float (n, k), by the network that has not seen the photo
     all_ids: set  # of folds.csv, also those of folds that are not finished
-    all_known: bool  # whether folds.csv is there; without it all_ids are those of the finished folds
     records: dict  # fold to the record of what it was trained with; empty if one is missing
 
     def why_flattered(self):
@@ -38,7 +37,7 @@ class TrainedRun:
 def read_run(log_dir, classes):
     """The TrainedRun of a log directory. Raises InputError if it holds no finished fold, or other classes."""
     folder = Path(log_dir)
-    path, path_of_all = folder / "out_of_fold.csv", folder / "folds.csv"
+    path = folder / "out_of_fold.csv"
     if not path.is_file():
         raise InputError(f"{path} is missing: train.py writes it when a fold is finished")
     table, expected = read_own_csv(path, ("image_id", "fold")), ["image_id", "fold", "label", *classes]
@@ -55,22 +54,19 @@ def read_run(log_dir, classes):
     complete = [fold for fold, record in records.items() if "result" in record] == folds
     return TrainedRun(
         name=str(log_dir),
-        image_ids=table["image_id"].tolist(),
+        image_ids=pd.Index(table["image_id"]),
         folds=table["fold"].to_numpy(),
         labels=labels,
         probabilities=values,
-        all_ids=set((read_own_csv(path_of_all, ("image_id",)) if path_of_all.is_file() else table)["image_id"]),
-        all_known=path_of_all.is_file(),
+        all_ids=set(read_own_csv(folder / "folds.csv", ("image_id",))["image_id"]),
         records=records if complete else {},
     )
 
 
 def read_minutes(log_dir, fold):
-    """Minutes of training of a fold, float, nan if its metrics do not tell."""
-    try:
-        return float(pd.read_csv(Path(log_dir) / "metrics" / f"fold={fold}.csv")["seconds"].sum() / 60)
-    except (OSError, ValueError, KeyError, TypeError):  # a figure on the side: no reason to refuse the comparison
-        return np.nan
+    """Minutes of training of a fold, float, nan if its metrics were not kept."""
+    path = Path(log_dir) / "metrics" / f"fold={fold}.csv"
+    return read_own_csv(path, ["seconds"])["seconds"].sum() / 60 if path.is_file() else np.nan
 
 
 def check_same_photos(runs):
@@ -82,22 +78,20 @@ def check_same_photos(runs):
     for run in runs[1:]:
         limited = any(record["options"].get("limit") for of in (first, run) for record in of.records.values())
         nested = run.all_ids <= first.all_ids or run.all_ids >= first.all_ids
-        if run.all_ids != first.all_ids and not (nested and (limited or not (first.all_known and run.all_known))):
+        if run.all_ids != first.all_ids and not (nested and limited):
             a, b, both = map(len, (run.all_ids, first.all_ids, run.all_ids & first.all_ids))
             raise InputError(f"{run.name} is about other photos than {first.name}: of {a} and {b} they share {both}")
-    in_all = set.intersection(*(set(run.image_ids) for run in runs))
-    common = [image_id for image_id in first.image_ids if image_id in in_all]
-    if not common:
+    common = first.image_ids[np.all([first.image_ids.isin(run.image_ids) for run in runs], axis=0)]
+    if common.empty:
         folds = "; ".join(f"{run.name}: fold {' '.join(map(str, np.unique(run.folds)))}" for run in runs)
         raise InputError(f"no photo has been predicted by all of them ({folds}): train the same folds")
     for run in runs:
-        rows = pd.Series(range(len(run.image_ids)), run.image_ids)[common].to_numpy()
+        rows = run.image_ids.get_indexer(common)
         parts = {"folds": run.folds[rows], "labels": run.labels[rows], "probabilities": run.probabilities[rows]}
         same.append(replace(run, image_ids=common, **parts))
-        other = np.flatnonzero((same[-1].labels != same[0].labels).any(1))
-        if len(other):
-            row, n = other[0], len(other) - 1
-            raise InputError(f"{run.name} has other labels than {first.name}, of {common[row]} and {n} others")
+        if other := common[(same[-1].labels != same[0].labels).any(1)].tolist():
+            which = f"{other[0]} and {len(other) - 1} others"
+            raise InputError(f"{run.name} has other labels than {first.name}, of {which}")
     return same, same[0].labels
 
 
@@ -113,8 +107,5 @@ def describe_changes(before, after, but_for=frozenset()):
         if any(name.endswith(".py") for name in changes):
             text += f" (diff -r {before.name}/source/{was['source']} {after.name}/source/{now['source']})"
         found.setdefault(text, []).append(str(fold))
-    if len(found) == 1:
-        return next(iter(found))
-    return (
-        "; ".join(f"fold {' '.join(folds)}: {text}" for text, folds in found.items()) or "they have no fold in common"
-    )
+    texts = found if len(found) == 1 else [f"fold {' '.join(folds)}: {text}" for text, folds in found.items()]
+    return "; ".join(texts) or "they have no fold in common"

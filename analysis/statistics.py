@@ -7,7 +7,6 @@ from scipy.special import stdtrit
 
 from utils import decide, log_losses
 
-RESAMPLES = 2000
 FEW = 3000  # photos; with more, the degrees of freedom decide nothing, and the jackknife takes long
 
 
@@ -19,12 +18,11 @@ def weighted_auc(is_positive, scores, weights):
     order = np.argsort(scores, kind="stable")
     starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # of each group of equal scores
     positive, negative = (weights[:, order] * chosen[order] for chosen in (is_positive, ~is_positive))
-    if len(starts) < len(order):
-        positive, negative = (np.add.reduceat(of_kind, starts, axis=1) for of_kind in (positive, negative))
+    positive, negative = (np.add.reduceat(of_kind, starts, axis=1) for of_kind in (positive, negative))
     below = np.cumsum(negative, axis=1) - negative / 2
     pairs = positive.sum(1) * negative.sum(1)
-    with np.errstate(invalid="ignore"):
-        return np.where(pairs > 0, np.einsum("ij,ij->i", positive, below) / pairs, np.nan)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is nan
+        return np.einsum("ij,ij->i", positive, below) / pairs
 
 
 def measure(labels, probabilities, classes, weights=None):
@@ -48,13 +46,13 @@ def rows_of_equal(labels):
     return [np.flatnonzero(number.ravel() == k) for k in range(len(kinds))[::-1]]
 
 
-def resample(labels, n_resamples=RESAMPLES, seed=0):
+def resample(labels, n_resamples):
     """How often each photo is drawn in each resample: float32 (r, n). Drawn among those of equal labels, bool (n, k).
 
     Of n photos of a class n - 1 are drawn: with n, the variance would come out too small by (n - 1) / n, which matters
     in a rare class (McCarthy and Snowden 1985, "The bootstrap and finite population sampling").
     """
-    rng, weights = np.random.default_rng(seed), np.zeros((n_resamples, len(labels)), np.float32)
+    rng, weights = np.random.default_rng(0), np.zeros((n_resamples, len(labels)), np.float32)
     for rows in rows_of_equal(labels):
         weights[:, rows] = rng.multinomial(max(1, len(rows) - 1), np.full(len(rows), 1 / len(rows)), n_resamples)
     return weights
@@ -73,7 +71,7 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
-def compare(labels, variants, classes, n_resamples=RESAMPLES, names=None):
+def compare(labels, variants, classes, n_resamples=2000, names=None):
     """The figures of the second variant less those of the first: dict of name to Difference.
 
     variants: two lists of runs, each a float (n, k) of probabilities of the same photos, one run per seed. names: the
@@ -86,9 +84,7 @@ def compare(labels, variants, classes, n_resamples=RESAMPLES, names=None):
     if len(runs) == 2 and len(labels) <= FEW:
         left_out = 1 - np.eye(len(labels), dtype=np.float32)
         of_left_out = [measure(labels, run, classes, left_out) for run in runs]
-    unknown = {name for k, name in enumerate(classes) if labels[:, k].sum() == 1}
-    if unknown:  # one photo does not tell how much another one would change
-        unknown |= {"mean AUC", "log loss", "wrong photos"}
+    unknown = 1 in labels.sum(0)  # the one photo of a class does not tell how much another one would change any figure
     differences = {}
     for name in names or figures[0]:
         values = np.concatenate([of_run[name] for of_run in figures])
@@ -101,7 +97,7 @@ def compare(labels, variants, classes, n_resamples=RESAMPLES, names=None):
             freedom = degrees_of_freedom(labels, of_left_out[1][name] - of_left_out[0][name]) if of_left_out else np.inf
         reach = stdtrit(min(freedom, 1e6), 0.975) * np.sqrt(max(0, variance))
         limit = {"log loss": np.inf, "wrong photos": len(labels)}.get(name, 1)
-        if name in unknown or limit == 1 and reach > 0.5 or len(runs) > 2 and not variance:  # limit 1: an AUC
+        if unknown or limit == 1 and reach > 0.5 or len(runs) > 2 and not variance:  # limit 1: an AUC
             reach = limit = np.inf
         low, high = np.clip([value - reach, value + reach], -limit, limit)
         differences[name] = Difference(float(value), float(low), float(high))

@@ -2,7 +2,6 @@
 
 import argparse
 import base64
-import io
 import os
 import re
 from types import SimpleNamespace
@@ -12,16 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import refusal, run_script
-from PIL import Image
 
 import error_analysis
 import generate_soft_labels
 import predict
 from analysis.heat_maps import heat_maps
-from dataset import load_photo, read_test, read_train
+from dataset import load_photo, read_test
 from harness.console import InputError, parse_args
-from harness.record import read_folds
-from inference import load_trained, predict_out_of_fold, predict_tta
+from inference import load_trained, predict_tta
 from predict import find_photos
 from utils import CLASSES, make_prediction_parser
 
@@ -74,21 +71,17 @@ def fill(folder, contents):
         path.write_bytes(content)
 
 
-def test_a_training_photo_gets_its_out_of_fold_prediction(run_of_fold_0, trained, tmp_path):
+def test_a_training_photo_gets_its_out_of_fold_prediction(trained, tmp_path):
     """In a terminal that can show neither the photo's name nor the log directory's."""
-    args, networks = run_of_fold_0
-    train = read_train(args)
-    folds = read_folds(args.log_dir, train["image_id"])
-    expected = predict_out_of_fold(args, train, folds, networks).set_index("image_id")
-    assert len(expected) == 32
+    expected = pd.read_csv(trained / "logs" / "out_of_fold.csv").set_index("image_id")[list(CLASSES)]
     photos = [trained / "leaves" / "images" / f"{name}.jpg" for name in expected.index[:5]]
     (tmp_path / "叶.jpg").write_bytes(photos[0].read_bytes())
     (tmp_path / "日志").symlink_to(trained / "logs")
     options = ["--log_dir", "日志", "--folds", 0, "--num_workers", 0]
     done = run_script("predict.py", *photos, "叶.jpg", *options, cwd=tmp_path, PYTHONIOENCODING="ascii")
     found = pd.read_csv(tmp_path / "predictions.csv").set_index("image")
-    assert found.index.tolist() == [*map(str, photos), "叶.jpg"] and list(found.columns) == list(CLASSES)
-    np.testing.assert_allclose(found, expected.iloc[[0, 1, 2, 3, 4, 0]], atol=1e-5)
+    assert found.index.tolist() == [*map(str, photos), "叶.jpg"] and list(found) == list(CLASSES)
+    np.testing.assert_allclose(found, expected.iloc[[0, 1, 2, 3, 4, 0]], atol=1e-4)
     lines = [line.split() for line in done.stdout.splitlines()]
     for name, row in found.iterrows():
         assert [name.replace("叶", "\\u53f6"), row.idxmax(), *(f"{value:.3f}" for value in row)] in lines
@@ -103,70 +96,41 @@ def test_with_tta_a_test_photo_gets_the_prediction_of_the_submission(classify, r
     np.testing.assert_allclose(with_tta, expected, atol=1e-5)
     for others in (["--tta", "--tta_draws", 2], []):
         assert np.abs(classify(*photos, *others).table - with_tta).to_numpy().max() > 1e-4
-    said = "error: --tta_draws does nothing without --tta: type both"
-    assert classify(*photos, "--tta_draws", 2, refused=True).errors == [said]
-
-
-def test_size_orientation_and_format_do_not_matter(classify, leaf, tmp_path):
-    photo = Image.open(io.BytesIO(leaf))
-    assert photo.width > photo.height
-    turned, exif = photo.transpose(Image.Transpose.ROTATE_90), Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise when it is shown
-    photo.save(tmp_path / "0.png")
-    photo.transpose(Image.Transpose.TRANSPOSE).save(tmp_path / "portrait.png")
-    photo.resize((photo.width * 3, photo.height * 3), Image.Resampling.BICUBIC).save(tmp_path / "large.png")
-    turned.save(tmp_path / "camera.jpg", exif=exif, quality=100, subsampling=0)
-    turned.save(tmp_path / "phone.HEIC", format="HEIF", exif=exif.tobytes(), quality=100, chroma=444)
-    found = classify(tmp_path).table.rename(lambda path: path.split("/")[-1])
-    for name, tolerance in {"portrait.png": 1e-6, "large.png": 0.01, "camera.jpg": 0.002, "phone.HEIC": 0.002}.items():
-        np.testing.assert_allclose(found.loc[name], found.loc["0.png"], atol=tolerance)
 
 
 def test_bad_photos_and_names_are_reported_and_skipped_and_equal_names_stay_apart(classify, leaf, trained, tmp_path):
-    north, south = (trained / "leaves" / "images" / f"Test_{k}.jpg" for k in (2, 3))
-    contents = {"north/leaf.jpg": north.read_bytes(), "south/leaf.jpg": south.read_bytes(), "notes.txt": b"aphids"}
-    contents |= {"south/broken.JPG": b"no photo", "IMG_1.HEIC": b"\0\0\0\x18ftypheic" + bytes(3000), "empty.png": b""}
+    north = (trained / "leaves" / "images" / "Test_2.jpg").read_bytes()
+    contents = {"north/leaf.jpg": north, "south/leaf.jpg": leaf, "south/broken.JPG": b"no photo", "notes.txt": b"ants"}
     fill(tmp_path / "orchard", contents | {b"bl\xe4tt.jpg": leaf})  # latin-1, as old archives unpack
     harmful = ["=1+1.jpg", "two\nlines.jpg", "red\x1b[31m.jpg", "-leaf.jpg"]  # in a table or a terminal
     fill(tmp_path, dict.fromkeys(harmful, leaf))
     (tmp_path / "bare").mkdir()
-    names = ["orchard", "bare", "gone.jpg", *harmful[:-1], "--", harmful[-1]]
-    done = classify("--heat_maps", "maps", *names, refused=True)
+    done = classify("orchard", "bare", "gone.jpg", *harmful[:-1], "--", harmful[-1], refused=True)
     found, errors = done.table, "\n".join(done.errors)
     for line in (
         "orchard/south/broken.JPG cannot be decoded as a photo",
-        "orchard/IMG_1.HEIC cannot be decoded as a photo",
-        "orchard/empty.png is empty (0 bytes)",
         "gone.jpg is missing",
         "bare holds no photo",
-        "7 of 11 photos could not be read, 1 folders held none, see above",
+        "5 of 9 photos could not be read, 1 folders held none, see above",
     ):
         assert f"error: {line}" in errors
-    assert sum("no UTF-8, or invisible signs): rename it" in line for line in done.errors) == 3
+    assert errors.count("no UTF-8, or invisible signs): rename it") == 3
     assert "note: 1 left out of orchard, as no photos: orchard/notes.txt\n" in done.stdout
     assert "\x1b" not in done.stdout + errors
     names = ["orchard/north/leaf.jpg", "orchard/south/leaf.jpg", "./=1+1.jpg", "./-leaf.jpg"]
     assert found.index.tolist() == names  # for a spreadsheet, no formulas
-    np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
     assert np.abs(found.iloc[0] - found.iloc[1]).max() > 1e-3
-    stems = zip(("leaf", "leaf", "=1+1", "-leaf"), found.idxmax(axis=1), strict=True)
-    maps = [tmp_path / "maps" / f"000{k}-{stem}-{name}.jpg" for k, (stem, name) in enumerate(stems, 1)]
-    assert sorted((tmp_path / "maps").iterdir()) == maps
-    for path, source in zip(maps, (north, south), strict=False):
-        photo = cv2.imread(str(source)).astype(int)
-        assert np.abs(cv2.imread(str(path))[:, : photo.shape[1]] - photo).mean() < 6
     written = (tmp_path / "predictions.csv").read_bytes()
     assert classify("gone.jpg", refused=True).errors[-1] == "error: no photo could be read, nothing is written"
     said = classify("orchard/north/leaf.jpg", "--output", "orchard/north/leaf.jpg", refused=True).errors[-1]
-    assert "is one of the photos" in said and (tmp_path / "orchard/north/leaf.jpg").read_bytes() == north.read_bytes()
+    assert "is one of the photos" in said and (tmp_path / "orchard/north/leaf.jpg").read_bytes() == north
     assert (tmp_path / "predictions.csv").read_bytes() == written
 
 
-def test_a_heat_map_is_laid_over_the_photo_as_it_was_taken(classify, run_of_fold_0, trained, tmp_path):
-    source = cv2.imread(str(trained / "leaves" / "images" / "Test_4.jpg"))
-    portrait = cv2.transpose(source) if source.shape[0] < source.shape[1] else source
+def test_a_heat_map_is_laid_over_the_photo_as_it_was_taken(classify, run_of_fold_0, leaf, tmp_path):
+    portrait = cv2.transpose(cv2.imdecode(np.frombuffer(leaf, np.uint8), cv2.IMREAD_COLOR))
     height, width = portrait.shape[:2]
-    cv2.imwrite("tall.png", portrait)
+    assert height > width and cv2.imwrite("tall.png", portrait)
     found = classify("tall.png", "--heat_maps", "maps").table
     drawn = cv2.imread(str(next((tmp_path / "maps").iterdir()))).astype(int)
     assert drawn.shape == (height, 2 * width, 3)
@@ -180,31 +144,31 @@ def test_a_heat_map_is_laid_over_the_photo_as_it_was_taken(classify, run_of_fold
 
 
 def test_results_come_before_heat_maps_which_are_no_photos_and_long_names_are_shortened(classify, leaf, tmp_path):
-    fill(tmp_path / "in", {"leaf.jpg": leaf})
-    for options in (["--heat_maps", "in/maps"], ["--heat_maps", "in/maps"], ["--heat_maps", "in"], []):
+    fill(tmp_path, {"in/leaf.jpg": leaf})
+    for options in (["--heat_maps", "in/maps"], ["--heat_maps", "in"], []):
         assert classify("in", *options).table.index.tolist() == ["in/leaf.jpg"]
     (name,) = os.listdir("in/maps")
     assert classify(f"in/maps/{name}").table.index.tolist() == [f"in/maps/{name}"]  # what is named is taken
 
-    photos = [f"{name}.jpg" for name in ("叶" * 78, "叶" * 78 + "二", "x" * 250, "photo")]
+    photos = [f"{name}.jpg" for name in ("叶" * 78, "叶" * 78 + "二", "x" * 250, "one/photo", "two/photo")]
     fill(tmp_path, dict.fromkeys(photos, leaf))
-    assert classify(*photos, "--heat_maps", "maps").table.index.tolist() == photos
-    maps = sorted(os.listdir("maps"))
-    assert len(maps) == 4 and maps[0].startswith("0001-叶叶") and maps[2].startswith("0003-xxx")
+    found = classify(*photos, "--heat_maps", "maps").table
+    stems = ["叶" * 50, "叶" * 50, "x" * 150, "photo", "photo"]
+    maps = [f"000{k}-{stem}-{name}.jpg" for k, stem, name in zip(range(1, 6), stems, found.idxmax(axis=1), strict=True)]
+    assert found.index.tolist() == photos and sorted(os.listdir("maps")) == maps
     for name in CLASSES:  # in the way, whatever is predicted
         (tmp_path / "full" / f"0001-photo-{name}.jpg").mkdir(parents=True)
-    done = classify("photo.jpg", "--heat_maps", "full", refused=True)
-    assert "error: cannot write full/0001-photo-" in done.errors[-1] and done.table.index.tolist() == ["photo.jpg"]
+    done = classify("one/photo.jpg", "--heat_maps", "full", refused=True)
+    assert "error: cannot write full/0001-photo-" in done.errors[-1] and done.table.index.tolist() == ["one/photo.jpg"]
 
 
 def test_in_a_folder_what_is_a_photo_is_taken_and_nothing_else(leaf, tmp_path, capsys):
     """By its name or its content; not what systems leave, nor what begins with a dot; links are followed, loops end."""
     photos = ["a.JPG", "b.jfif", "c", "d.dat", "deep/er/e.jpg", "linked/f.jpg", "g.png.download", "h.HEIC", "i.nef"]
-    others = ["notes.txt", ".ipynb_checkpoints/a.jpg", "._a.JPG", ".DS_Store", "Thumbs.db", "__MACOSX/x.jpg"]
-    contents = dict.fromkeys(photos, leaf) | dict.fromkeys([*others, "@eaDir/x.jpg", "deep/desktop.ini"], b"")
-    contents |= {"film.mov": b"\0\0\0\x14ftypqt  " + bytes(3000), "tune.wav": b"RIFF\0\0\1\0WAVEfmt " + bytes(3000)}
-    contents |= {"BMW.txt": b"BM is how a bitmap begins, too.", "scan.exr": b"v/1\1" + bytes(3000), "huge.bin": b"BM"}
-    contents |= {b"caf\xe9": b"P5 is how a grey picture begins, too."}  # latin-1
+    others = ["notes.txt", ".ipynb_checkpoints/a.jpg", "._a.JPG", "Thumbs.db", "__MACOSX/x.jpg", "deep/desktop.ini"]
+    contents = dict.fromkeys(photos, leaf) | dict.fromkeys(others, b"")
+    contents |= {"film.mov": b"\0\0\0\x14ftypqt  " + bytes(3000), "BMW.txt": b"BM is how a bitmap begins, too."}
+    contents |= {"huge.bin": b"BM", b"caf\xe9": b"P5 is how a grey picture begins, too."}  # latin-1
     folder = tmp_path / "in"
     for place in (tmp_path / "elsewhere", folder / "deep"):
         place.mkdir(parents=True)
@@ -227,16 +191,9 @@ def test_in_a_folder_what_is_a_photo_is_taken_and_nothing_else(leaf, tmp_path, c
 
 def test_where_nothing_can_be_written_is_told_before_the_work(classify, run_of_fold_0, leaf, tmp_path, monkeypatch):
     fill(tmp_path, {"a.jpg": leaf})
-    os.mkfifo(tmp_path / "pipe")  # as /dev/null, which would become a file
-    for options, said in {
-        "--output a.jpg/x.csv": "cannot write a.jpg/x.csv",
-        "--output pipe": "cannot write pipe: it is no ordinary file",
-        "--output .": "cannot write .: it is a folder",
-        "--heat_maps a.jpg": "cannot write a.jpg/",
-        "--page a.jpg/x.html": "cannot write a.jpg/x.html",
-    }.items():
-        done = classify("a.jpg", *options.split(), refused=True)
-        assert f"error: {said}" in done.errors[-1] and "photos x" not in "".join(done.errors)
+    for option in ("--output", "--heat_maps", "--page"):
+        done = classify("a.jpg", option, "a.jpg/x", refused=True)
+        assert "error: cannot write a.jpg/x" in done.errors[-1] and "photos x" not in "".join(done.errors)
     monkeypatch.setattr(generate_soft_labels, "load_trained", lambda args: run_of_fold_0)
     for script, name in ((generate_soft_labels, "submission-folds=0.csv"), (error_analysis, "error_analysis.csv")):
         (tmp_path / name).mkdir()
@@ -252,9 +209,9 @@ def test_the_page_shows_each_photo_its_probabilities_and_where_the_networks_look
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", text) and "url(" not in text
     assert "<b>0.jpg" not in text and text.count("&lt;b&gt;") == 3 * 6
     shown = [base64.b64decode(uri) for uri in re.findall(r'<img src="data:image/jpeg;base64,([^"]+)"', text)]
-    assert len(shown) == 12
-    for number, path in enumerate(sorted((tmp_path / "maps").iterdir())):  # photo and map, as in the picture on disk
-        both = np.hstack([cv2.imdecode(np.frombuffer(one, np.uint8), 1) for one in shown[2 * number : 2 * number + 2]])
+    shown = [cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR) for picture in shown]
+    for *both, path in zip(shown[::2], shown[1::2], sorted((tmp_path / "maps").iterdir()), strict=True):
+        both = np.hstack(both)  # photo and map, as in the picture on disk
         assert np.abs(both.astype(int) - cv2.resize(cv2.imread(str(path)), both.shape[1::-1])).mean() < 6
     for (_, row), name in zip(found.iterrows(), found.idxmax(axis=1), strict=True):
         assert f"what speaks for <b>{name.replace('_', ' ')}</b>, {100 * row[name]:.0f}&nbsp;%" in text
