@@ -72,13 +72,6 @@ def cache(tmp_path):
     return tmp_path / "torch" / "hub" / "checkpoints"
 
 
-def test_the_first_source_is_the_old_home_and_the_second_the_mirror():
-    first, (second,) = backbones.own_config(None, BACKBONE)["url"], backbones.MIRRORS[BACKBONE]
-    assert first == "http://data.lip6.fr/cadene/pretrainedmodels/se_resnext50_32x4d-a260b3a4.pth"
-    assert second.startswith("https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-weights/")
-    assert second.endswith("/legacy_se_resnext50_32x4d-f3651bad.pth")
-
-
 @pytest.mark.parametrize("fault", ["absent", "wrong", "truncated", "refuses", "hangs"])
 def test_a_faulty_first_source_leaves_nothing_and_does_not_keep_the_second_from_answering(host, cache, fault):
     host(fault)
