@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(items):
 class Script:
     """A running `python ARGUMENTS`, the first process of its own group; what it prints goes to files."""
 
-    def __init__(self, arguments, cwd, environment, cold, file_size):
+    def __init__(self, arguments, cwd, environment, cold):
         self.folder = tempfile.TemporaryDirectory()
         self.returncode = None
         RUNNING.add(self)
@@ -77,7 +77,6 @@ class Script:
         with open(os.devnull) as nothing, stdout, stderr:
             streams = [nothing, stdout, stderr]
             if cold or sys.platform != "linux":  # elsewhere a fork of so large a process is not safe
-                assert file_size is None
                 streams = dict(zip(("stdin", "stdout", "stderr"), streams, strict=True))
                 command = [sys.executable, *arguments]
                 self.process = subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **streams)
@@ -85,7 +84,7 @@ class Script:
             else:
                 environment = environment | {"FORK_SERVER": fork_server()}
                 descriptors = [stream.fileno() for stream in streams]
-                self.pid, self.status = ask(fork_server(), arguments, cwd, environment, descriptors, file_size)
+                self.pid, self.status = ask(fork_server(), arguments, cwd, environment, descriptors)
 
     @property
     def stdout(self):
@@ -141,15 +140,15 @@ def wait_until(condition, script, seconds=120):
         time.sleep(0.02)
 
 
-def start_script(script, *arguments, cwd, cold=False, file_size=None, **environment):
+def start_script(script, *arguments, cwd, cold=False, **environment):
     """Start a script of the repository, a module or, after "-c", code, in the folder `cwd`: a Script.
 
-    cold: by a new interpreter, not forked from forkserver.py; file_size: no file may grow beyond so many bytes.
+    cold: by a new interpreter, not forked from forkserver.py.
     """
     first = [str(REPO / script)] if script.endswith(".py") else ["-c"] if script == "-c" else ["-m", script]
     words = [*first, *map(str, arguments)]
     paths = {} if script.endswith(".py") else {"PYTHONPATH": str(REPO)}
-    return Script(words, cwd, {**os.environ, **paths, **environment}, cold, file_size)
+    return Script(words, cwd, {**os.environ, **paths, **environment}, cold)
 
 
 def run_script(script, *arguments, check=True, **options):

