@@ -90,9 +90,7 @@ NETWORK_EDITS = {  # what is edited: the file, the old text and the new one, wha
 @pytest.mark.parametrize("case", NETWORK_EDITS)
 def test_an_edit_of_what_predicts_is_refused(case, repo, sample, run):
     file, old, new, name = NETWORK_EDITS[case]
-    text = (repo / file).read_text()
-    assert old in text
-    (repo / file).write_text(text.replace(old, new, 1))
+    edit(repo / file, old, new)
     refused(predict(repo, run, check=False), f"since fold 0 of logs was trained, {name} was edited", "--accept_changes")
     assert not list(run.glob("soft_labels*.csv"))
     done = train(repo, sample, run, "--accept_changes", check=False)  # folds of two networks never mix

@@ -97,7 +97,6 @@ CORRUPTIONS = {  # of one row: what is done to it, and what is said of it
     "id missing": (put(0, ""), "has no image_id"),
     **{f"id {text!r}": (put(0, text), PLAIN) for text in NO_IDS},
     **{f"label {text!r}": (put(n, text), f"has no number for {COLUMNS[n]}") for text, n in NO_NUMBERS.items()},
-    "label too large": (put(1, "2"), HOT),
     "label between": (put(1, "0.5"), HOT),
     "no label at all": (put(slice(1, 5), "0000"), HOT),
     "two labels": (put(slice(1, 5), "0110"), HOT),

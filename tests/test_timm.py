@@ -7,7 +7,6 @@ import sys
 import zipfile
 from functools import partial
 
-import cv2
 import huggingface_hub
 import numpy as np
 import pandas as pd
@@ -17,7 +16,7 @@ import torch
 from conftest import QUICK, REPO, refusal, refused, run_script, shared_folder
 from safetensors.torch import load_file, save, save_file
 
-from analysis.heat_maps import heat_maps
+from analysis.heat_maps import cell_maps
 from dataset import load_photo
 from harness import backbones
 from harness.backbones import compute_maps, find_weights, load_backbone_weights, sketch
@@ -245,9 +244,8 @@ def test_step_2_predicts_what_the_training_saw(trained, tmp_path):
 def test_heat_maps_are_those_of_the_networks_own_maps(trained, sample):
     """What each place adds to a logit, computed once more from the network's parts; its mean is the logit."""
     network = load_network(next((trained / "logs").glob("fold=0-epoch=1*.ckpt")), SMALL_NET)
-    names = pd.read_csv(sample / "test.csv")["image_id"][:4]
-    images = np.stack([load_photo(sample / "images" / f"{name}.jpg", (64, 96)) for name in names])
-    found = heat_maps(network, images, [0, 1, 2, 3])
+    images = np.stack([load_photo(sample / "images" / f"Test_{i}.jpg", (64, 96)) for i in range(4)])
+    found = cell_maps(network, images, range(4))
     with torch.no_grad():
         features = compute_maps(network.backbone, network.normalise(torch.from_numpy(images)))
         assert features.shape == (4, 576, 2, 3)
@@ -257,8 +255,6 @@ def test_heat_maps_are_those_of_the_networks_own_maps(trained, sample):
         logits = added.mean((2, 3)) / places.mean((2, 3)).norm(dim=1)[:, None] + network.fc.bias
         torch.testing.assert_close(logits, network(torch.from_numpy(images)), atol=1e-4, rtol=0)
     added = (added - added.mean(1, keepdim=True))[range(4), range(4)]
-    cells = (added - added.mean((1, 2), keepdim=True)).relu().numpy()
-    assert found.shape == (4, 64, 96) and np.ptp(cells, axis=(1, 2)).min() > 0
-    for heat, cell in zip(found, cells, strict=True):
-        resized = cv2.resize((cell - cell.min()) / np.ptp(cell), (96, 64))
-        np.testing.assert_allclose(heat, (resized - resized.min()) / np.ptp(resized), atol=1e-4)
+    expected = (added - added.mean((1, 2), keepdim=True)).relu().numpy()
+    assert np.ptp(expected, axis=(1, 2)).min() > 0
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * expected.max())
