@@ -77,9 +77,8 @@ class Script:
         with open(os.devnull) as nothing, stdout, stderr:
             streams = [nothing, stdout, stderr]
             if cold or sys.platform != "linux":  # elsewhere a fork of so large a process is not safe
-                streams = dict(zip(("stdin", "stdout", "stderr"), streams, strict=True))
-                command = [sys.executable, *arguments]
-                self.process = subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **streams)
+                how = dict(zip(("stdin", "stdout", "stderr"), streams, strict=True), start_new_session=True)
+                self.process = subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=environment, **how)
                 self.pid, self.status = self.process.pid, None
             else:
                 environment = environment | {"FORK_SERVER": fork_server()}
@@ -115,15 +114,16 @@ class Script:
     def kill_group(self, number=signal.SIGKILL):
         os.killpg(self.pid, number)
 
-    def group_is_gone(self, seconds=30):
-        """Whether all its processes end within some seconds."""
-        for _ in range(seconds * 20):
-            try:
-                os.killpg(self.pid, 0)
-            except ProcessLookupError:
-                return True
-            time.sleep(0.05)
-        return False
+
+def is_gone(pid, seconds=30):
+    """Whether a process, or with its negative number a group of processes, ends within some seconds."""
+    for _ in range(seconds * 20):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def wait_until(condition, script, seconds=120):

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import QUICK, SMALL, refused, run_script, shared_folder, start_script, wait_until
+from conftest import QUICK, SMALL, is_gone, refused, run_script, shared_folder, start_script, wait_until
 
 # Runs a script that keeps what it has at every opportunity, and kills itself (SIGKILL) when a moment is reached.
 KILLER = """
@@ -191,7 +191,7 @@ def test_ctrl_c_ends_with_one_line_and_sigterm_at_once_and_no_process_is_left(nu
     assert "Traceback" not in script.stderr
     if number == signal.SIGINT:
         assert "stopped: what is written is whole; the same command" in script.stdout.splitlines()[-1]
-    assert script.group_is_gone()
+    assert is_gone(-script.pid)
 
 
 def test_the_state_of_the_loss_scaler_is_kept(sample, tmp_path):

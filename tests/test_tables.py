@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import blend
 from dataset import mix_labels, read_test_ids
-from harness.console import InputError
 from harness.files import read_table, write_csv
 from harness.record import read_own_csv
 from utils import CLASSES, distribution, one_hot
@@ -132,10 +131,7 @@ REFUSED = {  # what is wrong: its bytes (None: no such file), what is said
     "an index column, as pandas writes it": (b"," + HEADER + b"0,a,1,0,0,0\n", ["has a column '' that does not"]),
     "semicolons": (HEADER.replace(b",", b";"), ["separated by semicolons or tabs: save it with commas"]),
     "tabs": (HEADER.replace(b",", b"\t") + b"a\t1\t0\t0\t0\n", ["semicolons or tabs: save it with commas"]),
-    "other classes": (
-        b"image_id,oak\na,1\n",
-        ["the column scab; has a column 'oak'", "the classes are CLASSES in utils"],
-    ),
+    "other classes": (b"image_id,oak\na,1\n", ["has a column 'oak'", "; the classes are CLASSES in utils.py"]),
     "Latin-1": (HEADER + "é,1,0,0,0\n".encode("latin-1"), ["cannot be read as CSV in UTF-8"]),
     "a web page": (b"<!DOCTYPE html>\n<html>404</html>\n", ["has a column '<!DOCTYPE html>' that does not belong"]),
     "a row too long": (HEADER + b"a,1,0,0,0\nb,1,0,0,0,\n", ["Expected 5 fields in line 3, saw 6"]),
@@ -225,13 +221,12 @@ def test_honest_probabilities_are_taken_however_they_were_rounded(tmp_path, digi
     assert "note" not in capsys.readouterr().out
 
 
-def test_submissions_of_any_size_in_another_order_and_the_same_one_twice_are_blended(tmp_path):
-    write(tmp_path, first=b"a,1,0,0,0\nb,.5,.5,0,0\n", second=b"b,0,0,.5,.5\na,0,0,0,1\n", large=b"a,1e308,0,0,0\n")
+def test_submissions_in_another_order_and_the_same_one_twice_are_blended(tmp_path):
+    write(tmp_path, first=b"a,1,0,0,0\nb,.5,.5,0,0\n", second=b"b,0,0,.5,.5\na,0,0,0,1\n")
     for second, expected in (("second", [[0.5, 0, 0, 0.5], [0.25] * 4]), ("first", [[1, 0, 0, 0], [0.5, 0.5, 0, 0]])):
         mix = blend_two(tmp_path, "first", second)
         assert mix["image_id"].tolist() == ["a", "b"]
         np.testing.assert_array_equal(mix[list(CLASSES)].to_numpy(), expected)
-    assert blend_two(tmp_path, "large", "large")["healthy"].tolist() == [1e308]
 
 
 def test_soft_labels_are_joined_by_image_id_not_by_row(tmp_path):
@@ -260,8 +255,7 @@ def test_test_photos_come_in_the_row_order_of_sample_submission_and_test_csv_mus
 def test_a_damaged_own_csv_is_named(tmp_path, content):
     (tmp_path / "folds.csv").write_bytes(content)
     assert "folds.csv is damaged (" in refusal(read_own_csv, tmp_path / "folds.csv", ["image_id", "fold"])
-    with pytest.raises(InputError, match="cannot read .*Is a directory"):
-        read_own_csv(tmp_path, ["image_id"])
+    assert "(Is a directory)" in refusal(read_own_csv, tmp_path, ["image_id"])
 
 
 def test_own_csv_files_are_read_as_they_were_written(tmp_path):
