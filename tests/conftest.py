@@ -49,9 +49,9 @@ def fork_server():
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(address)
             listener.listen(64)
-            command, shared = [sys.executable, str(REPO / "tests" / "forkserver.py")], {"pass_fds": [listener.fileno()]}
-            command.append(str(listener.fileno()))
-            server = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, **shared)
+            command = [sys.executable, str(REPO / "tests" / "forkserver.py"), str(listener.fileno())]
+            shared = {"pass_fds": [listener.fileno()], "start_new_session": True}
+            server = subprocess.Popen(command, stdin=subprocess.PIPE, **shared)
         atexit.register(shutil.rmtree, Path(address).parent)
         atexit.register(server.communicate)
     return os.environ["FORK_SERVER"]
@@ -69,23 +69,21 @@ def pytest_collection_modifyitems(items):
 class Script:
     """A running `python ARGUMENTS`, the first process of its own group; what it prints goes to files."""
 
-    def __init__(self, arguments, cwd, environment, cold, **limits):
+    def __init__(self, arguments, cwd, environment, cold):
         self.folder = tempfile.TemporaryDirectory()
         self.returncode = None
         RUNNING.add(self)
-        files = [open(Path(self.folder.name) / name, "w") for name in ("stdout", "stderr")]
-        with open(os.devnull) as nothing, files[0], files[1]:
-            streams = [nothing, *files]
+        stdout, stderr = (open(Path(self.folder.name) / name, "w") for name in ("stdout", "stderr"))
+        with open(os.devnull) as nothing, stdout, stderr:
+            streams = [nothing, stdout, stderr]
             if cold or sys.platform != "linux":  # elsewhere a fork of so large a process is not safe
-                assert not any(limits.values())
-                streams = dict(zip(("stdin", "stdout", "stderr"), streams, strict=True))
-                command = [sys.executable, *arguments]
-                self.process = subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **streams)
+                how = dict(zip(("stdin", "stdout", "stderr"), streams, strict=True), start_new_session=True)
+                self.process = subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=environment, **how)
                 self.pid, self.status = self.process.pid, None
             else:
                 environment = environment | {"FORK_SERVER": fork_server()}
                 descriptors = [stream.fileno() for stream in streams]
-                self.pid, self.status = ask(fork_server(), arguments, cwd, environment, descriptors, **limits)
+                self.pid, self.status = ask(fork_server(), arguments, cwd, environment, descriptors)
 
     @property
     def stdout(self):
@@ -116,15 +114,16 @@ class Script:
     def kill_group(self, number=signal.SIGKILL):
         os.killpg(self.pid, number)
 
-    def group_is_gone(self, seconds=30):
-        """Whether all its processes end within some seconds."""
-        for _ in range(seconds * 20):
-            try:
-                os.killpg(self.pid, 0)
-            except ProcessLookupError:
-                return True
-            time.sleep(0.05)
-        return False
+
+def is_gone(pid, seconds=30):
+    """Whether a process, or with its negative number a group of processes, ends within some seconds."""
+    for _ in range(seconds * 20):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def wait_until(condition, script, seconds=120):
@@ -141,19 +140,15 @@ def wait_until(condition, script, seconds=120):
         time.sleep(0.02)
 
 
-def start_script(script, *arguments, cwd, cold=False, file_size=None, memory=None, **environment):
+def start_script(script, *arguments, cwd, cold=False, **environment):
     """Start a script of the repository, a module or, after "-c", code, in the folder `cwd`: a Script.
 
-    cold: by a new interpreter, not forked from forkserver.py; file_size: no file may grow beyond so many bytes; memory:
-    so many bytes more than it has at its start.
+    cold: by a new interpreter, not forked from forkserver.py.
     """
-    words = [str(argument) for argument in arguments]
-    if script != "-c":
-        words = [str(REPO / script), *words] if script.endswith(".py") else ["-m", script, *words]
-    else:
-        words = ["-c", *words]
+    first = [str(REPO / script)] if script.endswith(".py") else ["-c"] if script == "-c" else ["-m", script]
+    words = [*first, *map(str, arguments)]
     paths = {} if script.endswith(".py") else {"PYTHONPATH": str(REPO)}
-    return Script(words, cwd, {**os.environ, **paths, **environment}, cold, file_size=file_size, memory=memory)
+    return Script(words, cwd, {**os.environ, **paths, **environment}, cold)
 
 
 def run_script(script, *arguments, check=True, **options):
@@ -174,15 +169,12 @@ def refusal(call, *arguments, **options):
     return said
 
 
-@contextmanager
-def without_root():
-    """Be nobody for a while, if the tests are run by root, who may read everything."""
-    before = os.geteuid()
-    os.seteuid(before or 65534)
-    try:
-        yield
-    finally:
-        os.seteuid(before)
+def refused(done, *words):
+    """What a script said when it refused its input: one line, the last, which holds these words."""
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert said.startswith("error: ") and all(word in said for word in words), said
+    return said
 
 
 @contextmanager
@@ -215,15 +207,27 @@ def edit(path, old, new):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """The folder of a real disk of 256 KiB; only root can mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    if sys.platform != "linux" or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no disk can be mounted here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+def mount():
+    """A function that mounts something at a folder until the test is over; only root can."""
+    mounted = []
+
+    def mount(folder, *options):
+        command = ["mount", *options, folder]
+        if sys.platform != "linux" or os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("nothing can be mounted here")
+        mounted.append(folder)
+
+    yield mount
+    for folder in dict.fromkeys(reversed(mounted)):
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture
+def small_disk(mount, tmp_path):
+    """The folder of a real disk of 256 KiB."""
+    (tmp_path / "disk").mkdir()
+    mount(tmp_path / "disk", "-t", "tmpfs", "-o", "size=256k", "tmpfs")
+    return tmp_path / "disk"
 
 
 def shared_folder(tmp_path_factory, name, fill):

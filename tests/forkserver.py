@@ -14,7 +14,6 @@ import gc
 import importlib
 import os
 import pickle
-import resource
 import runpy
 import select
 import signal
@@ -32,11 +31,11 @@ torch.distributed.launcher.api torch.utils.tensorboard torchvision tqdm yaml cle
 """.split()
 
 
-def ask(address, arguments, cwd, environment, descriptors, **limits):
+def ask(address, arguments, cwd, environment, descriptors):
     """Ask the server for a process; returns its id, and the connection that will say how it ended: closed, it is killed."""
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(address)
-    request = {"arguments": arguments, "cwd": str(cwd), "environment": environment, **limits}
+    request = {"arguments": arguments, "cwd": str(cwd), "environment": environment}
     socket.send_fds(connection, [pickle.dumps(request)], descriptors)
     return int.from_bytes(connection.recv(4), "little"), connection
 
@@ -96,7 +95,7 @@ def keep(connection, request, descriptors):
     os._exit(0)
 
 
-def become(arguments, cwd, environment, file_size=None, memory=None):
+def become(arguments, cwd, environment):
     """Turn this process into `python ARGUMENTS`: a script, `-m MODULE` or `-c CODE`, and what follows."""
     os.setsid()
     os.chdir(cwd)
@@ -105,11 +104,6 @@ def become(arguments, cwd, environment, file_size=None, memory=None):
     tempfile.tempdir = None
     if "COLD_CHILDREN" not in environment:
         sys.executable = str(Path(environment["FORK_SERVER"]).with_name("python"))
-    if file_size is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    if memory is not None:
-        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, mapped + memory))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding=environment.get("PYTHONIOENCODING"))
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))

@@ -2,20 +2,18 @@
 
 import csv
 import io
-import os
 from argparse import Namespace
 from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import refusal, without_root
+from conftest import refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import blend
 from dataset import mix_labels, read_test_ids
-from harness.console import InputError
 from harness.files import read_table, write_csv
 from harness.record import read_own_csv
 from utils import CLASSES, distribution, one_hot
@@ -98,7 +96,6 @@ CORRUPTIONS = {  # of one row: what is done to it, and what is said of it
     "id missing": (put(0, ""), "has no image_id"),
     **{f"id {text!r}": (put(0, text), PLAIN) for text in NO_IDS},
     **{f"label {text!r}": (put(n, text), f"has no number for {COLUMNS[n]}") for text, n in NO_NUMBERS.items()},
-    "label too large": (put(1, "2"), HOT),
     "label between": (put(1, "0.5"), HOT),
     "no label at all": (put(slice(1, 5), "0000"), HOT),
     "two labels": (put(slice(1, 5), "0110"), HOT),
@@ -127,22 +124,14 @@ REFUSED = {  # what is wrong: its bytes (None: no such file), what is said
     "missing": (None, ["train.csv does not exist (No such file or directory); see the README"]),
     "a folder": ("folder", ["train.csv cannot be read as CSV in UTF-8 (Is a directory)"]),
     "empty": (b"", ["cannot be read as CSV in UTF-8"]),
-    "only blank lines": (b"\n\r\n\n", ["cannot be read as CSV in UTF-8"]),
     "only a header": (HEADER, ["train.csv: has no rows"]),
-    "no header": (b"a,1,0,0,0\n", ["lacks the column image_id; ", "has a column 'a' that does not belong there"]),
     "a column missing": (b"image_id,healthy,rust,scab\na,1,0,0\n", ["train.csv: lacks the column multiple_diseases"]),
     "a column too many": (HEADER[:-1] + b",id\na,1,0,0,0,0\n", ["has a column 'id' that does not belong"]),
     "a column twice": (HEADER[:-1] + b",scab\na,1,0,0,0,0\n", ["has the column scab twice"]),
-    "a column misspelt": (HEADER.replace(b"scab", b"Scab "), ["lacks the column scab; has a column 'Scab '"]),
     "an index column, as pandas writes it": (b"," + HEADER + b"0,a,1,0,0,0\n", ["has a column '' that does not"]),
     "semicolons": (HEADER.replace(b",", b";"), ["separated by semicolons or tabs: save it with commas"]),
-    "decimal commas": (HEADER.replace(b",", b";") + b"a;0,9;0,1;0;0\n", ["semicolons or tabs: save it with commas"]),
     "tabs": (HEADER.replace(b",", b"\t") + b"a\t1\t0\t0\t0\n", ["semicolons or tabs: save it with commas"]),
-    "other classes": (
-        b"image_id,oak,ash\na,1,0\n",
-        ["lacks the column scab; has a column 'oak'", "; the classes are CLASSES in utils.py"],
-    ),
-    "UTF-16": (HEADER.decode().encode("utf-16"), ["cannot be read as CSV in UTF-8"]),
+    "other classes": (b"image_id,oak\na,1\n", ["has a column 'oak'", "; the classes are CLASSES in utils.py"]),
     "Latin-1": (HEADER + "é,1,0,0,0\n".encode("latin-1"), ["cannot be read as CSV in UTF-8"]),
     "a web page": (b"<!DOCTYPE html>\n<html>404</html>\n", ["has a column '<!DOCTYPE html>' that does not belong"]),
     "a row too long": (HEADER + b"a,1,0,0,0\nb,1,0,0,0,\n", ["Expected 5 fields in line 3, saw 6"]),
@@ -168,27 +157,16 @@ def test_a_faulty_file_is_refused(tmp_path, fault):
     assert all(word in said for word in words), said
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Windows has other permissions")
-def test_a_csv_file_without_permission_is_named(tmp_path):
-    path = tmp_path / "train.csv"
-    path.touch(0)
-    with without_root():
-        assert refusal(read_labels, path) == f"error: {path} cannot be read as CSV in UTF-8 (Permission denied)"
-
-
 # ---------------------------------------------------------------------------- soft labels and submissions, for a and b
 
 NOT_MATCHING = {  # what is wrong: the rows, what is said; the soft labels are refused, the submissions not blended
-    "an id missing": (b"a,1,0,0,0\n", ["has no row for b"]),
     "another data set": (b"a,1,0,0,0\nc,1,0,0,0\n", ["has no row for b; has a row for 'c', which is not wanted"]),
     "an id twice": (b"a,1,0,0,0\nb,1,0,0,0\nb,1,0,0,0\n", ["line 4 ('b') repeats an image_id"]),
     "NaN": (b"a,1,0,0,0\nb,nan,0,0,1\n", ["line 3 ('b') has no number for healthy"]),
     "cut short": (b"a,1,0,0,0\nb,0.5,0.", ["line 3 ('b') has no number for rust"]),
-    "several at once": (b"a,x,0,0,0\nc,0,0,0,1\n", ["line 2 ('a') has no number", "has no row for b", "row for 'c'"]),
 }
 NO_DISTRIBUTIONS = {  # what is refused as soft labels, but blended with a note: the rows, what is said
     "a sum that is not 1": ([[1, 0, 0, 0], [0.5, 0.2, 0.2, 0.2]], "1 rows", "it sums to 1.1"),
-    "averaged ranks": ([[0.25, 0.75, 1.0, 0.5], [0.75, 0.25, 0.5, 1.0]], "2 rows", "it sums to 2.5"),
     "ranks of 1,821 photos": ([[1821, 3.5, 17, 900], [2, 8, 1, 4]], "2 rows", "it holds a value outside 0…1"),
     "logits": ([[1, 0, 0, 0], [1.2, -0.2, 0, 0]], "1 rows", "it holds a value outside 0…1"),
 }
@@ -243,13 +221,12 @@ def test_honest_probabilities_are_taken_however_they_were_rounded(tmp_path, digi
     assert "note" not in capsys.readouterr().out
 
 
-def test_submissions_of_any_size_in_another_order_and_the_same_one_twice_are_blended(tmp_path):
-    write(tmp_path, first=b"a,1,0,0,0\nb,.5,.5,0,0\n", second=b"b,0,0,.5,.5\na,0,0,0,1\n", large=b"a,1e308,0,0,0\n")
+def test_submissions_in_another_order_and_the_same_one_twice_are_blended(tmp_path):
+    write(tmp_path, first=b"a,1,0,0,0\nb,.5,.5,0,0\n", second=b"b,0,0,.5,.5\na,0,0,0,1\n")
     for second, expected in (("second", [[0.5, 0, 0, 0.5], [0.25] * 4]), ("first", [[1, 0, 0, 0], [0.5, 0.5, 0, 0]])):
         mix = blend_two(tmp_path, "first", second)
         assert mix["image_id"].tolist() == ["a", "b"]
         np.testing.assert_array_equal(mix[list(CLASSES)].to_numpy(), expected)
-    assert blend_two(tmp_path, "large", "large")["healthy"].tolist() == [1e308]
 
 
 def test_soft_labels_are_joined_by_image_id_not_by_row(tmp_path):
@@ -278,8 +255,7 @@ def test_test_photos_come_in_the_row_order_of_sample_submission_and_test_csv_mus
 def test_a_damaged_own_csv_is_named(tmp_path, content):
     (tmp_path / "folds.csv").write_bytes(content)
     assert "folds.csv is damaged (" in refusal(read_own_csv, tmp_path / "folds.csv", ["image_id", "fold"])
-    with pytest.raises(InputError, match="cannot read .*Is a directory"):
-        read_own_csv(tmp_path, ["image_id"])
+    assert "(Is a directory)" in refusal(read_own_csv, tmp_path, ["image_id"])
 
 
 def test_own_csv_files_are_read_as_they_were_written(tmp_path):

