@@ -103,7 +103,6 @@ def train_fold(args, fold, data, weights, run):
         mode="max",
         save_top_k=args.keep_checkpoints,
         save_weights_only=True,
-        save_on_train_epoch_end=True,
         auto_insert_metric_name=False,
         enable_version_counter=False,
     )
@@ -133,9 +132,10 @@ def train_fold(args, fold, data, weights, run):
 def main(args):
     run = Run(args, N_FOLDS, CLASSES)
     sketch(args.backbone, tuple(args.image_size))  # or it cannot take photos of this size
-    weights = find_weights(args.weights, args.backbone)
-    module = make_module(args, args.folds[0], weights)  # what does not fit together is told before photos are decoded
+    make_module(args, args.folds[0], weights=None)  # what does not fit together is told before photos are decoded
     data = read_training_data(args, run)
+    weights = find_weights(args.weights, args.backbone)
+    module = make_module(args, args.folds[0], weights)  # and another network's weights before anything is written
     with run.begin(data, weights, module, load=lambda path: load_network(path, args.backbone), fit=fit_photo):
         for fold in run.folds_left():
             train_fold(args, fold, data, weights, run)

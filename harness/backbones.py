@@ -152,6 +152,8 @@ def own_weights(backbone, state):
         return {name: value for name, value in state.items() if not name.startswith(classifiers)}
     import timm
 
+    if not state:
+        raise ValueError("it is empty")  # timm would look for weights elsewhere
     # timm's own loader knows the older names of its layers. It is strict about a whole network only, so it is given
     # one with the classifier that the file has: of so many classes, or none.
     names = config["classifier"] if isinstance(config["classifier"], tuple | list) else [config["classifier"]]

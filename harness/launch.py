@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -90,7 +91,8 @@ def environment_of(n, prefix):
 
 def launch_processes(n):
     """Run this command again as n processes by torch's own launcher, which ends them all when one dies; ends as they do."""
-    os.environ.update(environment_of(n, prefix=""), LOGLEVEL="CRITICAL")  # or it repeats their errors in twenty lines
+    os.environ.update(environment_of(n, prefix=""))
+    logging.disable(logging.ERROR)  # or it repeats their errors in twenty lines
     where = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--local_addr=localhost"]  # no name that is unknown
     try:
         torch.distributed.run.main([*where, f"--nproc_per_node={n}", *sys.argv])

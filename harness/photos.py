@@ -2,7 +2,6 @@
 
 import glob
 import inspect
-import math
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -44,10 +43,10 @@ def read_photo(path):
     """
     path, photo = Path(path), None
     with refusing(f"{path} cannot be read", OSError):
-        if not path.exists() or path.is_fifo():  # to read a pipe could take for ever
+        if not path.exists():
             others = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
             there = "".join(f" (there is {other.name}: rename it)" for other in others[:1] if other != path)
-            raise InputError(f"{path} is {'no file' if path.exists() else 'missing'}{there}")
+            raise InputError(f"{path} is missing{there}")
         if not (content := path.read_bytes()):
             raise InputError(f"{path} is empty (0 bytes)")
     if content.startswith(b"\xff\xd8"):
@@ -166,13 +165,12 @@ def open_cache(path, shape):
             images = CachedImages(path)
         except (FileNotFoundError, NotADirectoryError, ValueError):  # or no array, or less of it than its header says
             return None
-    whole = images.array.offset + images.array.nbytes == path.stat().st_size
-    return images if whole and (images.array.shape, images.array.dtype) == (shape, np.uint8) else None
+    return images if (images.array.shape, images.array.dtype) == (shape, np.uint8) else None
 
 
 def build_cache(path, photos, shape, fit, title):
     """Decode `photos` (paths) into one array of `shape`, written whole or not at all, with a progress bar."""
-    needed, free = math.prod(shape) / 1e9, shutil.disk_usage(path.parent).free / 1e9
+    needed, free = np.prod(shape) / 1e9, shutil.disk_usage(path.parent).free / 1e9
     if needed > free:
         room = f"it needs {needed:.2f} GB, {free:.2f} GB are free"
         raise InputError(f"cannot write {path}: {room}; name another folder with --cache_dir")

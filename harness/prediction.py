@@ -22,10 +22,11 @@ def prepare_prediction(args, n_folds, classes):
     """
     quiet_libraries()
     adopt_run_options(args)
-    if (trained := getattr(args, "classes", list(classes))) != list(classes):  # runs of before have not recorded them
-        raise InputError(f"{args.log_dir} was trained with CLASSES = {tuple(trained)}, utils.py has other ones")
-    if (trained := read_own_csv(Path(args.log_dir) / "folds.csv", ("fold",))["fold"].max() + 1) != n_folds:
-        raise InputError(f"{args.log_dir} was trained with N_FOLDS = {trained}, utils.py has {n_folds}")
+    classes_then = getattr(args, "classes", list(classes))  # runs of before have not recorded them
+    n_folds_then = read_own_csv(Path(args.log_dir) / "folds.csv", ("fold",))["fold"].max() + 1
+    if (classes_then, n_folds_then) != (list(classes), n_folds):
+        then = f"CLASSES = {tuple(classes_then)} and N_FOLDS = {n_folds_then}"
+        raise InputError(f"{args.log_dir} was trained with {then}, utils.py has other ones")
     checkpoints = read_results(args.log_dir, args.folds)
     kind, indices = devices.choose_device(args.gpus, args.cpu_processes)
     if kind == "cuda":

@@ -11,8 +11,6 @@ import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
-from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch.utils.tensorboard import SummaryWriter
 
@@ -38,7 +36,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         return load_checkpoint(path)
 
 
-class UnscaleFirst(MixedPrecision):
+class UnscaleFirst(pl.plugins.MixedPrecision):
     """fp16 whose loss scale is out of the gradients before they are clipped; with a fused optimizer Lightning leaves it in."""
 
     def optimizer_step(self, optimizer, model, closure, **options):
@@ -52,7 +50,7 @@ class UnscaleFirst(MixedPrecision):
         return super().optimizer_step(optimizer, model, unscaled, **options)
 
 
-class BestCheckpoints(ModelCheckpoint):
+class BestCheckpoints(pl.callbacks.ModelCheckpoint):
     """Keeps the best epochs, also if the log directory was moved, or a lost epoch has replaced a checkpoint."""
 
     def load_state_dict(self, state_dict):
@@ -207,8 +205,7 @@ class Run:
             if wait_for_all:
                 wait_for_all()  # or the others would read the log directory of before
                 files = sorted(str(path) for path in Path(args.log_dir).rglob("*") if path.suffix in (".yaml", ".ckpt"))
-                seen = {"the files of the log directory": files, "--folds": args.folds}
-                launch.refuse_differences(seen | record.comparable(mine))
+                launch.refuse_differences({"the log files": files, "--folds": args.folds} | record.comparable(mine))
             if PREFIX is None:
                 network = f"{args.backbone}, {sum(part.numel() for part in module.parameters()):,} parameters"
                 say(f"{network}, from {weights or 'scratch'}, on {on}, {args.precision}")
@@ -247,7 +244,7 @@ class Run:
 
     def callbacks(self, fold):
         """What keeps the log and the points from which a fold goes on, for pl.Trainer, after the ModelCheckpoint."""
-        self.log, bar = EpochLog(self.args.log_dir, fold), TQDMProgressBar(refresh_rate=10, leave=True)
+        self.log, bar = EpochLog(self.args.log_dir, fold), pl.callbacks.TQDMProgressBar(refresh_rate=10, leave=True)
         return [self.log, ResumePoint(self.args.log_dir, fold), *[bar] * is_interactive()]
 
     def finish_fold(self, fold, trainer):

@@ -116,6 +116,7 @@ def test_an_option_that_a_script_does_not_read_is_refused(capsys):
         ("--data_dir nowhere", "nowhere/train.csv does not exist"),
         ("--backbone se_resnext50", "pretrainedmodels has alexnet"),
         ("--backbone alexnet", "alexnet does not fit .* or our head"),
+        ("--backbone bninception", "bninception was made for BGR photos"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(option, said, tmp_path, monkeypatch):
@@ -128,7 +129,7 @@ def test_an_unknown_schedule_is_refused_with_the_known_ones(sample, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     args = parse("--data_dir", sample, *QUICK, "--lr_schedule", "cosin")
     assert refusal(train.main, args) == "error: --lr_schedule cosin: models.py has cosine, triangular"
-    assert not (tmp_path / "logs").exists()
+    assert not list(tmp_path.iterdir())  # no photo is decoded yet
 
 
 def pretend_gpus(monkeypatch, n):

@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+from argparse import Namespace
 from unittest.mock import patch
 
 import numpy as np
@@ -12,10 +13,10 @@ import torch
 from conftest import file_size_limit, refusal
 from torch.utils.data import DataLoader
 
-from dataset import EpochSampler, LeafDataset, make_loader, train_augmentation
+from dataset import EpochSampler, LeafDataset, make_loader, read_train, train_augmentation
 from harness.console import InputError
 from harness.files import atomic_write, check_writable, write_csv
-from utils import column_aucs, mean_auc, split_folds
+from utils import CLASSES, column_aucs, mean_auc, split_folds
 
 # ---- sampling and workers
 
@@ -59,7 +60,15 @@ def test_batches_do_not_depend_on_the_workers_forked_or_spawned(workers, context
     assert not torch.equal(views[:6], views[6:])  # two epochs differ
 
 
-# ---- folds and metric
+# ---- folds, a part of the photos, and metric
+
+
+def test_a_limit_takes_a_photo_of_each_class_and_the_same_share_of_all(tmp_path):
+    labels = np.repeat(np.eye(4, dtype=int), [200, 3, 100, 60], axis=0)
+    table = pd.DataFrame(labels, columns=CLASSES).assign(image_id=[f"Train_{i}" for i in range(363)])
+    write_csv(tmp_path / "train.csv", table[["image_id", *CLASSES]])
+    chosen = read_train(Namespace(data_dir=tmp_path, limit=36))
+    assert chosen[list(CLASSES)].sum().tolist() == [19, 1, 10, 6]
 
 
 def test_fewer_rows_than_folds_is_an_error():

@@ -80,7 +80,7 @@ def test_two_networks_are_never_pooled_though_no_source_is_known_to_have_changed
 
 NETWORK_EDITS = {  # what is edited: the file, the old text and the new one, what is named
     "the forward pass": ("models.py", "maps.float().mean((2, 3))", "maps.float().amax((2, 3))", "LeafNet"),
-    "a constant of it": ("models.py", "(0.485, 0.456, 0.406)", "(0.5, 0.5, 0.5)", "LeafNet"),
+    "a constant of it": ("models.py", 'config["mean"]) * 255', 'config["mean"]) * 200', "LeafNet"),
     "the softmax": ("models.py", "logits.softmax(1)", "logits.sigmoid()", "LeafNet"),
     "the fitting of photos": ("dataset.py", "cv2.INTER_LINEAR)", "cv2.INTER_AREA)", "fit_photo"),
     "the fitting of portrait photos": ("dataset.py", "cv2.transpose(photo)", "cv2.rotate(photo, 0)", "fit_photo"),
@@ -105,18 +105,21 @@ def test_edits_that_change_nothing_or_the_training_alone_do_not_hinder_a_predict
     predict(repo, run, "--precision", "bf16")  # the comparison is in float32 all the same
 
 
-@pytest.mark.parametrize("classes", ['("rust")', '("rust", "rust")', '("label", "fold")', '("a|b", "c")'])
+@pytest.mark.parametrize("classes", ['("rust")', '("rust", "rust")', '("label", "fold")', '("a|b", "c;d")'])
 def test_class_names_that_cannot_be_are_refused(classes, repo, tmp_path):
     edit(repo / "utils.py", f"CLASSES = {CLASSES}".replace("'", '"'), f"CLASSES = {classes}")
     done = run_script(str(repo / "blend.py"), cwd=tmp_path, check=False)
     refused(done, "CLASSES in utils.py: two or more different names")
 
 
-def test_a_prediction_under_other_class_names_is_refused(repo, sample, run):
+def test_a_prediction_under_other_class_names_or_with_fewer_folds_is_refused(repo, sample, run):
     edit(repo / "utils.py", repr(CLASSES).replace("'", '"'), '("oak", "ash", "elm", "fir")')
     for words in (["generate_soft_labels.py"], ["predict.py", sample / "images" / "Test_0.jpg"]):
         done = run_script(str(repo / words[0]), *words[1:], "--folds", 0, cwd=run, check=False)
         refused(done, f"logs was trained with CLASSES = {CLASSES}")
+    edit(repo / "utils.py", '("oak", "ash", "elm", "fir")', repr(CLASSES))
+    edit(repo / "utils.py", "N_FOLDS = 5", "N_FOLDS = 4")
+    refused(predict(repo, run, check=False), " and N_FOLDS = 5, utils.py has other ones")
 
 
 def test_kept_behaviour_that_is_lost_is_no_licence(repo, run):

@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import QUICK, REPO, edit, refusal, run_script
-from test_resume import read_only  # noqa: F401
 
 from tools import kaggle
 
@@ -39,7 +38,7 @@ def test_an_edited_recipe_is_packed_cut_short_and_continued_from_its_read_only_o
     repo,
     sample,
     tmp_path,
-    read_only,  # noqa: F811
+    mount,
 ):
     """The edit imports a file from a folder, and reads a CSV of an earlier run, which step 2 will write anew, and one beside it."""
     shutil.copytree(REPO / "tools", repo / "tools")
@@ -76,7 +75,8 @@ def test_an_edited_recipe_is_packed_cut_short_and_continued_from_its_read_only_o
     assert "losses" in packed and not {"analysis", "tools", "tests", "compare.py", "predict.py"} & packed
 
     shutil.copytree(first / "working", second / "input" / "plant-pathology-1")
-    read_only(second / "input")
+    mount(second / "input", "--bind", second / "input")
+    mount(second / "input", "-o", "remount,ro,bind")
     printed, working = run_session(repo / "push2" / "run.py", second), second / "working"
     assert f"going on from {second}/input/plant-pathology-1" in printed
     assert "fold 0 is finished already" in printed and "fold 4 is finished already" not in printed

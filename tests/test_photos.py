@@ -156,6 +156,12 @@ def test_an_unusual_photo_shows_what_the_eye_sees(tmp_path, case, capsys):
     assert f"note: photo.jpg may be damaged ({NOTED[case]}" in said if case in NOTED else not said
 
 
+def test_a_portrait_photo_stays_upright_where_the_network_sees_portraits():
+    upright = np.asarray(PORTRAIT)
+    expected = cv2.resize(upright, (32, 48), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(fit_photo(upright, (48, 32)), expected)
+
+
 # ---------------------------------------------------------------------------------------------- the image cache
 
 N_PHOTOS = 6

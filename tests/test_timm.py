@@ -20,7 +20,7 @@ from analysis.heat_maps import cell_maps
 from dataset import load_photo
 from harness import backbones
 from harness.backbones import compute_maps, find_weights, load_backbone_weights, sketch
-from models import IMAGENET_MEAN, IMAGENET_STD, LeafNet, load_network
+from models import LeafNet, load_network
 from utils import CLASSES
 
 # Small, of a mean that is not ImageNet's, with batch norm that carries its activation, and a convolution after the pooling.
@@ -57,8 +57,9 @@ def test_timms_legacy_network_gives_the_logits_of_ours():
     "backbone, mean, std",
     [
         (SMALL_NET, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-        ("timm/legacy_seresnet18", IMAGENET_MEAN, IMAGENET_STD),
-        ("resnet18", IMAGENET_MEAN, IMAGENET_STD),
+        ("timm/legacy_seresnet18", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("resnet18", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("xception", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     ],
 )
 def test_photos_are_normalised_as_the_weights_expect_and_a_loaded_network_predicts_the_same(

@@ -48,9 +48,16 @@ EDITS = {  # what is added: the file, the old text or the pattern, the new text;
         ],
         [],
     ),
-    "SGD without a schedule": (
+    "validation of every second epoch": ("train.py", [(LOGGER, "logger=False, check_val_every_n_epoch=2,")], []),
+    "SGD without a schedule, and save_hyperparameters": (
         "models.py",
-        [(ADAM, "        return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)\n")],
+        [
+            (ADAM, "        return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)\n"),
+            (
+                "super().__init__()\n        if lr_schedule",
+                "super().__init__()\n        self.save_hyperparameters()\n        if lr_schedule",
+            ),
+        ],
         [],
     ),
     "ReduceLROnPlateau": ("models.py", [(ADAM, PLATEAU)], []),
@@ -91,8 +98,11 @@ def test_what_users_add_goes_through_a_killed_and_resumed_fold(addition, repo, s
         assert len(rates) == 4 and "fold 0, 4 of 20 epochs: epoch 3" in said  # it ends early, and is finished
     elif addition == "ReduceLROnPlateau":
         assert rates.tolist() == [0.1, 0.05, 0.025, 0.0125, 0.00625]
-    elif addition == "SGD without a schedule":
+    elif addition.startswith("SGD"):
         assert rates.tolist() == [1e-3] * 5
+    elif addition == "validation of every second epoch":
+        metrics = pd.read_csv(whole / "logs" / "metrics" / "fold=0.csv")
+        assert metrics["val_loss"].isna().tolist() == [True, False, True, False, True]
     if "Logger" in addition:
         versions = sorted(path.name for path in (killed / "elsewhere" / "lightning_logs").iterdir())
         assert versions == ["version_0", "version_1"]  # one for each start

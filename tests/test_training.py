@@ -115,9 +115,15 @@ def test_accumulation_splits_the_same_batch_into_parts(watched):
     assert [key for key in seen["keys"] if data.folds[key[2]] != 1] == whole
 
 
-def test_gradients_are_clipped_at_the_norm_asked_for(watched):
+def test_gradients_are_clipped_at_the_norm_asked_for_or_as_the_trainer_is_told(watched):
     _, seen = watched("--gradient_clip_val", "0.25", "--max_epochs", "1")
     assert seen["norms"] == pytest.approx([0.25] * 2, abs=1e-4)
+    module = models.LeafModule(torch.nn.Linear(2, 1, bias=False), "cosine", 1e-3, seed=0)
+    (weight,) = module.parameters()
+    for algorithm, clipped in (("norm", [[0.15, -0.2]]), ("value", [[0.25, -0.25]])):
+        weight.grad = torch.tensor([[3.0, -4.0]])
+        module.configure_gradient_clipping(None, 0.25, algorithm)
+        torch.testing.assert_close(weight.grad, torch.tensor(clipped))
 
 
 def test_a_loss_that_is_not_finite_stops_the_fold_and_what_is_kept_is_good(monkeypatch, tmp_path):
