@@ -11,11 +11,8 @@ from harness.console import InputError, Parser, file_or_folder, not_negative, pi
 CLASSES = ("healthy", "multiple_diseases", "rust", "scab")
 N_FOLDS = 5
 TAKEN = "image_id image fold label prediction predicted wrong loss suspect suspected_label near_duplicates none".split()
-if (
-    isinstance(CLASSES, str)
-    or len(set(CLASSES) - set(TAKEN)) < max(2, len(CLASSES))
-    or set("|;") & set("".join(CLASSES))
-):
+FREE = {name for name in CLASSES if name not in TAKEN and "|" not in name and ";" not in name}
+if isinstance(CLASSES, str) or len(FREE) < max(2, len(CLASSES)):
     raise InputError(f"CLASSES in utils.py: two or more different names, without | or ; and none of {', '.join(TAKEN)}")
 
 # ---------------------------------------------------------------------------------------------- command line

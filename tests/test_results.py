@@ -8,19 +8,32 @@ import pandas as pd
 import pytest
 from conftest import REPO
 
-from analysis.runs import read_run
 from analysis.statistics import compare, measure
 from tools import make_figures
-from utils import CLASSES, mean_auc
+from utils import CLASSES, mean_auc, parse_labels
 
 LEAVES = REPO / "results" / "leaves"
 SCRATCH = LEAVES / "from_scratch"
 SEEDS = (2020, 1, 2)
 
 
-def runs(name, seeds, folder=LEAVES):
-    """The out-of-fold predictions of a log directory of each seed: list of Run."""
-    return [read_run(folder / f"seed={seed}" / name, CLASSES) for seed in seeds]
+def out_of_fold(name, seed, folder=LEAVES):
+    """The out-of-fold probabilities of each photo: DataFrame with image_id as index and a column per class.
+
+    name: a log directory or a CSV file of that seed; "blend", the mean of both rounds; or "ranks", that of their ranks.
+    """
+    if name in ("blend", "ranks"):
+        rounds = [out_of_fold(logs, seed, folder) for logs in ("logs", "logs_submit_distill")]
+        return sum(table.rank(pct=True) if name == "ranks" else table for table in rounds) / 2
+    path = folder / f"seed={seed}" / name
+    table = pd.read_csv(path if name.endswith(".csv") else path / "out_of_fold.csv", index_col="image_id")
+    return table[list(CLASSES)].sort_index()
+
+
+def true_labels(seed, folder=LEAVES):
+    """Their labels, bool (n, k), in the same order."""
+    table = pd.read_csv(folder / f"seed={seed}" / "logs" / "out_of_fold.csv", index_col="image_id")
+    return parse_labels(table["label"].sort_index())
 
 
 def figures(text):
@@ -43,45 +56,48 @@ def readme_rows():
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_table_of_real_leaves_is_that_of_the_kept_predictions(seed):
+    labels, constant = true_labels(seed), np.full((1821, len(CLASSES)), 1 / len(CLASSES))  # its AUC is 0.5
     cells = row_of((LEAVES / "README.md").read_text(), str(seed))
-    for name, cell in zip(("logs", "logs_submit_distill", "logs_by_row"), cells, strict=True):
-        if cell.strip() == "not run":
-            assert not (LEAVES / f"seed={seed}" / name).exists()
-            continue
-        (run,) = runs(name, [seed])
-        constant = np.full(run.probabilities.shape, 1 / len(CLASSES))  # its AUC is 0.5
-        auc = compare(run.labels, [[constant], [run.probabilities]], CLASSES, names=["mean AUC"])["mean AUC"]
-        assert len(run.image_ids) == 1821
-        assert mean_auc(run.labels, run.probabilities) == pytest.approx(auc.value + 0.5, abs=1e-9)
+    for name, cell in zip(("logs", "logs_submit_distill", "blend", "logs_by_row"), cells, strict=True):
+        probabilities = out_of_fold(name, seed).to_numpy()
+        auc = compare(labels, [[constant], [probabilities]], CLASSES, names=["mean AUC"])["mean AUC"]
+        assert mean_auc(labels, probabilities) == pytest.approx(auc.value + 0.5, abs=1e-9)
         np.testing.assert_allclose(figures(cell), np.array([auc.value, auc.low, auc.high]) + 0.5, atol=0.00051)
-    (run,) = runs("logs", [seed])
-    measured = measure(run.labels, run.probabilities, CLASSES)
-    step_1 = [measured[name][0] for name in ("mean AUC", "log loss")]
+    measured = measure(labels, out_of_fold("logs", seed).to_numpy(), CLASSES)
     for rows in readme_rows():
         aucs, losses = map(figures, rows[0].strip("|").split("|")[1:])
         at = SEEDS.index(seed)
-        np.testing.assert_allclose([aucs[at], losses[at]], step_1, atol=0.00051)
+        expected = [measured[name][0] for name in ("mean AUC", "log loss")]
+        np.testing.assert_allclose([aucs[at], losses[at]], expected, atol=0.00051)
 
 
-DIFFERENCES = [  # what the row begins with; the log directory and the seeds of the one, of the other
-    ("step 3 less step 1", ("logs_submit_distill", SEEDS), ("logs", SEEDS), LEAVES),
-    *((f"seed {seed} less seed 2020, step 1", ("logs", [seed]), ("logs", [2020]), LEAVES) for seed in SEEDS[1:]),
-    ("by row number less step 3, seed 2020", ("logs_by_row", [2020]), ("logs_submit_distill", [2020]), LEAVES),
-    ("by row number less step 1, seed 2020", ("logs_by_row", [2020]), ("logs", [2020]), LEAVES),
-    ("step 3 less step 1", ("logs_submit_distill", (2020, 1, 2)), ("logs", (2020, 1, 2)), SCRATCH),
-    ("by row number less step 3", ("logs_by_row", (2020, 1, 2)), ("logs_submit_distill", (2020, 1, 2)), SCRATCH),
+DIFFERENCES = [  # what the row begins with; what is compared and of which seeds; with what, and of which
+    ("step 3 less step 1", "logs_submit_distill", SEEDS, "logs", SEEDS, LEAVES),
+    ("blend less step 1", "blend", SEEDS, "logs", SEEDS, LEAVES),
+    *((f"seed {seed} less seed 2020, step 1", "logs", [seed], "logs", [2020], LEAVES) for seed in SEEDS[1:]),
+    ("by row number less step 3", "logs_by_row", SEEDS, "logs_submit_distill", SEEDS, LEAVES),
+    ("by row number less step 1", "logs_by_row", SEEDS, "logs", SEEDS, LEAVES),
+    ("label smoothing less step 1", "logs_smoothing", [2020], "logs", [2020], LEAVES),
+    ("stratified folds less step 1", "logs_stratified", [2020], "logs", [2020], LEAVES),
+    ("pseudo-labels less step 3", "logs_pseudo", [2020], "logs_submit_distill", [2020], LEAVES),
+    ("TTA less none", "tta/tta_out_of_fold.csv", [2020], "tta/soft_labels.csv", [2020], LEAVES),
+    ("TTA by flips less TTA", "tta/flips/tta_out_of_fold.csv", [2020], "tta/tta_out_of_fold.csv", [2020], LEAVES),
+    ("averaged ranks less averaged probabilities", "ranks", SEEDS, "blend", SEEDS, LEAVES),
+    ("step 3 less step 1", "logs_submit_distill", SEEDS, "logs", SEEDS, SCRATCH),
+    ("by row number less step 3", "logs_by_row", SEEDS, "logs_submit_distill", SEEDS, SCRATCH),
 ]
 
 
-@pytest.mark.parametrize("beginning, one, other, folder", DIFFERENCES)
+@pytest.mark.parametrize("beginning, one, seeds_of_one, other, seeds_of_other, folder", DIFFERENCES)
 def test_the_differences_on_real_leaves_and_their_verdicts_are_those_of_the_kept_predictions(
-    beginning, one, other, folder
+    beginning, one, seeds_of_one, other, seeds_of_other, folder
 ):
-    before, after = runs(*other, folder), runs(*one, folder)
-    probabilities = [[run.probabilities for run in side] for side in (before, after)]
-    found = compare(before[0].labels, probabilities, CLASSES, names=["mean AUC", "log loss"])
+    sides = ((other, seeds_of_other), (one, seeds_of_one))
+    probabilities = [[out_of_fold(name, seed, folder).to_numpy() for seed in seeds] for name, seeds in sides]
+    names = ["mean AUC", "log loss"][: 1 if one == "ranks" else 2]  # ranks are no probabilities
+    found = compare(true_labels(seeds_of_one[0], folder), probabilities, CLASSES, names=names)
     parts = (LEAVES / "README.md").read_text().split("\n## From scratch\n")
-    for cell, difference in zip(row_of(parts[folder == SCRATCH], beginning), found.values(), strict=True):
+    for cell, difference in zip(row_of(parts[folder == SCRATCH], beginning), found.values(), strict=False):
         np.testing.assert_allclose(figures(cell), [difference.value, difference.low, difference.high], atol=0.00051)
         better = (difference.value > 0) == (difference is found["mean AUC"])
         known = "**better**" if better else "**worse**"
