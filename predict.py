@@ -3,7 +3,7 @@
   python predict.py leaf.jpg orchard/ --log_dir logs_submit_distill
   python predict.py orchard/ --tta --page predictions.html
 
-Reads   the photos, of any size, also those in folders and in the folders below them; LOG_DIR (checkpoints, records).
+Reads   the photos, of any size, also those in folders and in the folders below them; LOG_DIR.
 Writes  predictions.csv: each photo as you named it, and its probabilities, the mean of the folds' networks;
         with --page also a page to look at: each photo, its probabilities, and where the networks saw the predicted class;
         with --heat_maps the same pictures as files, one per photo.

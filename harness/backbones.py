@@ -41,7 +41,7 @@ def create(name):
 
 
 def own_config(network, name):
-    """What a network's library knows about its pretrained weights: dict with input_size, of timm mean, std and url, too."""
+    """What a network's library knows about its pretrained weights: dict with input_size, mean and std."""
     of_timm = getattr(network, "pretrained_cfg", None)
     return of_timm or next(iter(pretrainedmodels.pretrained_settings[name].values()))
 

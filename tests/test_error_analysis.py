@@ -17,7 +17,7 @@ from selenium import webdriver
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from analysis import figures
-from analysis.heat_maps import heat_maps
+from analysis.heat_maps import heat_maps, overlay
 from error_analysis import find_near_duplicates, find_suspects, hash_photo
 from harness.photos import read_photo
 from models import LeafNet
@@ -94,6 +94,14 @@ class Redness(torch.nn.Module):
 
     def features(self, images):
         return F.avg_pool2d(images[:, [0, 2]], 32)
+
+
+def test_a_heat_map_lies_upright_over_a_portrait_photo_that_the_network_saw_upright_or_transposed():
+    upright = np.zeros((6, 4))
+    upright[2, 0] = 1
+    for heat in (upright, upright.T):
+        lit = overlay(np.full((96, 64, 3), 255, np.uint8), heat)[..., 1] < 200
+        assert lit[40, 8] and not lit[8, 40]
 
 
 def test_a_heat_map_lies_where_the_network_looked_and_is_not_mirrored():

@@ -217,7 +217,7 @@ def main(m):
     kind, _ = devices.choose_device(None)
     m.device, m.gpu, m.precision = torch.device(kind, 0), kind == "cuda", devices.choose_precision(None, kind)
     m.synchronise = torch.cuda.synchronize if m.gpu else lambda: None
-    m.size = m.image_size or (SIZE if m.gpu else SMALL_SIZE)
+    m.size, m.batch = m.image_size or (SIZE if m.gpu else SMALL_SIZE), m.batches[0]
     name, software = torch.cuda.get_device_name() if m.gpu else "CPU: there is no GPU", devices.describe_environment()
     if m.gpu:
         driver = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
