@@ -56,8 +56,7 @@ def shrink(photo, longest=SHOWN):
 
 def overlay(photo, heat):
     """Lay a heat map, float (h, w) from 0 to 1, over its photo of any size: uint8 (height, width, 3), RGB."""
-    transposed = photo.shape[0] > photo.shape[1] and heat.shape[0] <= heat.shape[1]  # as fit_photo does
-    heat = heat.T if transposed else heat
+    heat = heat.T if photo.shape[0] > photo.shape[1] and heat.shape[0] <= heat.shape[1] else heat  # as fit_photo does
     heat = np.clip(cv2.resize(np.ascontiguousarray(heat), photo.shape[1::-1], interpolation=cv2.INTER_CUBIC), 0, 1)
     opacity = STRENGTH * heat[..., None]
     return (photo * (1 - opacity) + np.array(HEAT) * opacity).astype(np.uint8)

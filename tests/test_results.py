@@ -11,7 +11,7 @@ from conftest import REPO
 
 from analysis.statistics import compare
 from tools import make_figures
-from utils import CLASSES, mean_auc, parse_labels
+from utils import CLASSES, log_losses, mean_auc, parse_labels
 
 LEAVES = REPO / "results" / "leaves"
 SCRATCH = LEAVES / "from_scratch"
@@ -36,9 +36,11 @@ def true_labels(seed, folder=LEAVES):
     return pd.read_csv(folder / f"seed={seed}" / "logs" / "out_of_fold.csv", index_col="image_id")["label"]
 
 
-def figures(text):
-    """The numbers of a text, whose minus signs are typographic."""
-    return [float(number) for number in re.findall(r"[-+]?\d+\.\d+", text.replace("−", "-"))]
+def assert_says(text, *values):
+    """That the numbers of a text are these values, each rounded to the digits that it is given with."""
+    said = re.findall(r"[-+]?\d+\.\d+", text.replace("−", "-"))
+    for number, value in zip(said, values, strict=True):
+        assert abs(float(number) - value) <= 0.501 * 10 ** -len(number.split(".")[1]), f"{value} is said to be {number}"
 
 
 def row_of(page, beginning):
@@ -68,10 +70,22 @@ def test_the_table_of_real_leaves_is_that_of_the_kept_predictions(seed):
         probabilities = out_of_fold(name, seed).to_numpy()
         auc = compare(labels, [[constant], [probabilities]], CLASSES, names=["mean AUC"])["mean AUC"]
         assert mean_auc(labels, probabilities) == pytest.approx(auc.value + 0.5, abs=1e-9)
-        np.testing.assert_allclose(figures(cell), np.array([auc.value, auc.low, auc.high]) + 0.5, atol=0.00051)
+        assert_says(cell, auc.value + 0.5, auc.low + 0.5, auc.high + 0.5)
+
+
+def test_what_the_pages_say_of_step_1_and_of_means_is_so():
+    labels, page = parse_labels(true_labels(2020)), (LEAVES / "README.md").read_text()  # the same of all seeds
+    step_1 = [out_of_fold("logs", seed).to_numpy() for seed in SEEDS]
     for rows in readme_rows():
-        found = mean_auc(labels, out_of_fold("logs", seed).to_numpy())
-        assert figures(rows[0])[SEEDS.index(seed)] == pytest.approx(found, abs=0.00005)
+        assert_says(rows[0], *(mean_auc(labels, probabilities) for probabilities in step_1))
+    losses = [log_losses(labels, probabilities).mean() for probabilities in step_1]
+    assert_says(*re.findall(r"log loss of step 1 is (.*?)\. ", page), *losses)
+    of_two = sorted(mean_auc(labels, (one + two) / 2) for one, two in combinations(step_1, 2))
+    assert_says(*re.findall(r"any two seeds of step 1, which takes\s+no soft labels: (.*?)\. ", page), *of_two)
+    labels, scratch = parse_labels(true_labels(2020, SCRATCH)), []
+    for name in ("logs", "logs_submit_distill", "logs_by_row"):
+        scratch.append(np.mean([mean_auc(labels, out_of_fold(name, seed, SCRATCH)) for seed in SEEDS]))
+    assert_says(*re.findall(r"Mean\s+of three seeds: step 1 (.*?)\.\n", page), *scratch)
 
 
 DIFFERENCES = [  # what the row begins with; what is compared and of which seeds; with what, and of which
@@ -89,7 +103,8 @@ DIFFERENCES = [  # what the row begins with; what is compared and of which seeds
     ("step 3 less step 1", "logs_submit_distill", SEEDS, "logs", SEEDS, SCRATCH),
     ("by row number less step 3", "logs_by_row", SEEDS, "logs_submit_distill", SEEDS, SCRATCH),
 ]
-NOT_IN_THE_READMES = ("seed 2 less seed 2020, step 1", "by row number less step 1")
+PAGE_ONLY = ("seed 2 less seed 2020, step 1", "by row number less step 1")  # not in the READMEs
+IN_READMES = [row[0] for row in DIFFERENCES if row[-1] == LEAVES and row[0] not in PAGE_ONLY]
 
 
 @pytest.mark.parametrize("beginning, one, seeds_of_one, other, seeds_of_other, folder", DIFFERENCES)
@@ -100,33 +115,19 @@ def test_the_differences_on_real_leaves_and_their_verdicts_are_those_of_the_kept
     probabilities = [[out_of_fold(name, seed, folder).to_numpy() for seed in seeds] for name, seeds in sides]
     names = ["mean AUC", "log loss"][: 1 if one == "ranks" else 2]  # ranks are no probabilities
     found = compare(parse_labels(true_labels(seeds_of_one[0], folder)), probabilities, CLASSES, names=names)
-    parts = (LEAVES / "README.md").read_text().split("\n## From scratch\n")
-    for cell, difference in zip(row_of(parts[folder == SCRATCH], beginning), found.values(), strict=False):
-        np.testing.assert_allclose(figures(cell), [difference.value, difference.low, difference.high], atol=0.00051)
-        better = (difference.value > 0) == (difference is found["mean AUC"])
-        known = "**better**" if better else "**worse**"
-        assert cell.strip().endswith("not told apart" if difference.low <= 0 <= difference.high else known)
-
-
-def test_the_readmes_say_what_the_page_of_the_results_says():
-    page = (LEAVES / "README.md").read_text().split("\n## From scratch\n")[0]
-    beginnings = [row[0] for row in DIFFERENCES if row[-1] == LEAVES and row[0] not in NOT_IN_THE_READMES]
-    for rows in readme_rows():
-        for row, beginning in zip(rows[1:], beginnings, strict=True):
-            auc, loss = row_of(page, beginning)
-            said = figures(auc) + figures(loss)[:1] * ("**" in loss)
-            np.testing.assert_allclose(figures(row), said, atol=0.0056)  # rounded twice, the log loss to two digits
-            np.testing.assert_allclose(figures(row)[:3], figures(auc), atol=0.00056)
-            verdicts = re.findall("better|worse", row.replace("更好", "better").replace("更差", "worse"))
-            assert verdicts == re.findall("better|worse", auc + loss)
-
-
-def test_the_mean_of_two_seeds_of_step_1_is_as_good_as_the_page_says():
-    labels, page = parse_labels(true_labels(2020)), (LEAVES / "README.md").read_text()
-    means = [(out_of_fold("logs", one) + out_of_fold("logs", two)) / 2 for one, two in combinations((1, 2020, 2), 2)]
-    found = sorted(round(mean_auc(labels, mean.to_numpy()), 4) for mean in means)
-    (said,) = re.findall(r"any two seeds of step 1, which takes no soft labels:\s+(.*?)\. What", page)
-    assert figures(said) == found
+    part = (LEAVES / "README.md").read_text().split("\n## From scratch\n")[folder == SCRATCH]
+    in_readme = []
+    for cell, (name, difference) in zip(row_of(part, beginning), found.items(), strict=False):
+        interval = difference.value, difference.low, difference.high
+        assert_says(cell, *interval)
+        verdict = "**better**" if (difference.value > 0) == (name == "mean AUC") else "**worse**"
+        assert cell.strip().endswith(verdict if difference else "not told apart")
+        in_readme += interval if name == "mean AUC" or difference and len(seeds_of_one) > 1 else ()
+    for rows in readme_rows() if folder == LEAVES and beginning in IN_READMES else ():
+        assert len(rows) == 1 + len(IN_READMES)
+        row = rows[1 + IN_READMES.index(beginning)]
+        assert_says(row, *in_readme)
+        assert ("**" in row) == (len(in_readme) > 3 or bool(found["mean AUC"]))
 
 
 @pytest.mark.parametrize("seed", SEEDS)

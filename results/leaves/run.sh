@@ -5,8 +5,9 @@
 #
 # Reads   DATA_DIR: train.csv, test.csv, sample_submission.csv, images/; WEIGHTS: what tools.convert_weights has written.
 #         Needs `python` with the packages of requirements.txt and timm, and `patch`.
-# Writes  WORK_DIR/seed=N/: log directories and CSV files of each seed; WORK_DIR/NAME/: the recipe with an experiment.
-#         Typed again after an interruption it goes on.
+# Writes  WORK_DIR/seed=N/: log directories and CSV files of each seed; WORK_DIR/NAME/: the recipe with an experiment;
+#         WORK_DIR/compare_….txt: the trainings compared.
+#         Typed again after an interruption it goes on, with the copies of the recipe that it made first.
 set -euo pipefail
 
 REPO=$(realpath "$(dirname "$0")/../..") DATA=$(realpath "$1") WEIGHTS=$(realpath "$2") WORK=$(realpath -m "$3")
@@ -75,16 +76,29 @@ rank_blend() {  # SEED
     run "seed=$1" ../rank_blend blend.py --output submission_mix_ranks.csv
 }
 
+compare() {  # NAME PATHS…
+    (cd "$WORK" && python "$REPO/compare.py" "${@:2}" > "compare_$1.txt")
+}
+
+all_seeds() {  # LOG_DIR
+    echo "seed=2020/$1 seed=1/$1 seed=2/$1"
+}
+
 for seed in 2020 1 2; do
     round_1 $seed
     round_2 $seed
     rank_blend $seed
+    by_row $seed
 done
-by_row 2020
 flip_tta 1
 experiment label_smoothing logs_smoothing 2020
 experiment stratified_folds logs_stratified 2020
 tta_out_of_fold logs_stratified 2020
 experiment pseudo_labels logs_pseudo 2020 --soft_labels_filename soft_labels.csv
-by_row 1
-by_row 2
+
+compare seeds $(all_seeds logs)
+compare distillation $(all_seeds logs_submit_distill) --against $(all_seeds logs)
+compare by_row $(all_seeds logs_by_row) --against $(all_seeds logs)
+compare alignment $(all_seeds logs_by_row) --against $(all_seeds logs_submit_distill)
+compare experiments seed=2020/logs seed=2020/logs_smoothing seed=2020/logs_stratified
+compare pseudo_labels seed=2020/logs_submit_distill seed=2020/logs_pseudo
