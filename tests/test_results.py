@@ -96,7 +96,7 @@ DIFFERENCES = [  # what the row begins with; what is compared and of which seeds
     ("by row number less step 1", "logs_by_row", SEEDS, "logs", SEEDS, LEAVES),
     ("label smoothing less step 1", "logs_smoothing", [2020], "logs", [2020], LEAVES),
     ("stratified folds less step 1", "logs_stratified", [2020], "logs", [2020], LEAVES),
-    # ("pseudo-labels less step 3", "logs_pseudo", [2020], "logs_submit_distill", [2020], LEAVES),
+    ("pseudo-labels less step 3", "logs_pseudo", [2020], "logs_submit_distill", [2020], LEAVES),
     ("TTA less none", "tta/tta_out_of_fold.csv", [2020], "tta/soft_labels.csv", [2020], LEAVES),
     ("TTA by flips less TTA", "tta/flips/tta_out_of_fold.csv", [2020], "tta/tta_out_of_fold.csv", [2020], LEAVES),
     ("averaged ranks less averaged probabilities", "ranks", SEEDS, "blend", SEEDS, LEAVES),
