@@ -48,7 +48,6 @@ experiment() {  # NAME LOG_DIR SEED OPTIONS…: a training with it; its submissi
     local folder=seed=$3/${2#logs_}
     recipe "$1"
     run "seed=$3" "../$1" train.py $TRAIN $MORE --seed "$3" --log_dir "$2" "${@:4}"
-    mkdir -p "$WORK/$folder"
     run "$folder" "../../$1" generate_distilled_submission.py $MORE --log_dir "../$2"
 }
 
@@ -59,13 +58,11 @@ by_row() {  # SEED
 
 flip_tta() {  # SEED
     recipe flip_tta
-    mkdir -p "$WORK/seed=$1/flip_tta"
     run "seed=$1/flip_tta" ../../flip_tta generate_distilled_submission.py $MORE --log_dir ../logs_submit_distill
 }
 
 tta_out_of_fold() {  # LOG_DIR SEED: without TTA, with that of the recipe, by flips
     recipe flip_tta
-    mkdir -p "$WORK/seed=$2/tta" "$WORK/seed=$2/tta/flips"
     run "seed=$2/tta" "$REPO" generate_soft_labels.py $MORE --log_dir "../$1"
     PYTHONPATH=$REPO run "seed=$2/tta" "$REPO/results/leaves" tta_out_of_fold.py $MORE --log_dir "../$1"
     PYTHONPATH=$WORK/flip_tta run "seed=$2/tta/flips" "$REPO/results/leaves" tta_out_of_fold.py $MORE --log_dir "../../$1"
